@@ -1,0 +1,72 @@
+# `make test` and `make demo` set themselves up: from a fresh clone they need only make and Python >= 3.10.
+#   PYTHON=/path/to/python3   the interpreter to build .venv with (default: the first suitable one on PATH)
+#   TORCH_INDEX_URL=URL       the package index to take torch from (default: see the stamp rule below)
+#   PYTEST_ARGS="-n 2"        arguments to pytest
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TESTED := requirements-tested.txt
+PYTEST_ARGS ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint types test demo format clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(STAMP)  ## build .venv with the tested versions
+
+# 1. An interpreter: 3.11 and newer first, because current transformers no longer supports 3.10. Each is run,
+#    not just looked up: version managers leave shims on PATH that do not start.
+# 2. torch before all else, so that nothing pulls the CUDA packages onto a machine without a GPU. On Linux the
+#    plain wheel of the public index is the CUDA build; the CPU build is taken from the configured index where
+#    that has it, then from PyTorch's own. Elsewhere the plain wheel is the right one.
+# 3. The rest, at the tested versions.
+$(STAMP): pyproject.toml $(TESTED)
+	@set -eu; \
+	python="$${PYTHON:-}"; \
+	for minor in 11 10; do \
+	  for candidate in python3 python3.13 python3.12 python3.11 python3.10; do \
+	    [ -z "$$python" ] || break; \
+	    if $$candidate -c "import sys; sys.exit(sys.version_info < (3, $$minor))" 2>/dev/null; then python=$$candidate; fi; \
+	  done; \
+	done; \
+	[ -n "$$python" ] || { echo "No Python >= 3.10 found: set PYTHON=/path/to/python3" >&2; exit 1; }; \
+	echo "Setting up $(VENV) with $$($$python --version) (once; takes a few minutes)"; \
+	$$python -m venv $(VENV)
+	@set -eu; \
+	torch=$$(sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(TESTED)); \
+	if [ -n "$${TORCH_INDEX_URL:-}" ]; then $(PIP) install -q --index-url "$$TORCH_INDEX_URL" "$$torch"; \
+	elif [ "$$(uname)" != Linux ] || nvidia-smi -L >/dev/null 2>&1; then $(PIP) install -q "$$torch"; \
+	else \
+	  $(PIP) install -q "$$torch+cpu" 2>/dev/null || \
+	  $(PIP) install -q --index-url https://download.pytorch.org/whl/cpu "$$torch" || \
+	  { echo "No CPU build of $$torch in reach: installing the default one" >&2; $(PIP) install -q "$$torch"; }; \
+	fi
+	$(PIP) install -q -c $(TESTED) -e ".[test]"
+	@touch $@
+
+lint: $(STAMP)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## mypy on the package
+	$(BIN)/mypy moe_param
+
+# One thread per worker: two workers with a thread per core each would fight over the cores.
+# The tests need nothing from the Hub; offline, a slip shows at once and the same way everywhere.
+test: lint types  ## everything CI checks
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
+	$(BIN)/python -m recipes.demo
+
+format: $(STAMP)  ## rewrite the code the way `make lint` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv, caches and builds
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache build dist
+	find moe_param recipes tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,178 @@
+"""Name-seeded initialization: a value depends on (seed, parameter name, block of rows) and on nothing else."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from moe_param.trace import InitLaw
+
+BLOCK = 2**20
+"""Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""
+
+_RANDOM = ("normal", "uniform", "trunc_normal")
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be written: on the meta device, quantized, or sharded in a way that is not understood."""
+
+
+def check_writable(model: PreTrainedModel) -> None:
+    """Raises WeightsError where a parameter has no values to write, naming all of them."""
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta:
+        raise WeightsError(
+            f"{len(meta)} parameters are on the meta device, {meta[0]} first: materialize the model "
+            "(model.to_empty(device=…); model.init_weights()) before moe_param.apply, or pass reinit=False for the "
+            "rates alone"
+        )
+    strange = [name for name, p in model.named_parameters() if not p.is_floating_point() and p.requires_grad]
+    if strange:
+        raise WeightsError(f"parameters that are not floating point cannot be initialized: {strange}")
+
+
+@torch.no_grad()
+def initialize(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | None]], seed: int) -> None:
+    """Writes every parameter of `model` in place.
+
+    Args:
+        model: real weights, on any device, plain or sharded (DTensor).
+        laws: parameter name -> (law, padding row of an embedding or None).
+        seed: of the whole initialization.
+
+    Threads share the work: blocks are independent, so their order does not matter.
+    """
+    parameters = dict(model.named_parameters())
+    special = [name for name, (law, _) in laws.items() if law.kind == "special"]
+    _write_special(model, {name: laws[name][0] for name in special}, seed)
+    threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+    jobs: list[tuple[Any, ...]] = []
+    for name, (law, _) in laws.items():
+        tensor = parameters[name].detach()
+        local, offset = _local(tensor)
+        if law.kind == "constant":
+            local.fill_(law.value)
+        elif law.kind in _RANDOM:
+            jobs.extend((name, law, local, tensor.shape, offset, rows) for rows in _blocks(tensor.shape, local, offset))
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # one thread a block: the pool is the parallelism
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda job: _write_block(seed, *job), jobs))
+    finally:
+        torch.set_num_threads(before)
+    for name, (law, padding) in laws.items():
+        if padding is not None and law.kind in _RANDOM:
+            local, offset = _local(parameters[name].detach())
+            if 0 <= padding - offset[0] < local.shape[0]:
+                local[padding - offset[0]] = 0.0
+
+
+def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """This process's part of a tensor and where it starts."""
+    if not isinstance(tensor, DTensor):
+        return tensor, (0,) * max(tensor.dim(), 1)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    local = tensor.to_local()
+    if tuple(local.shape) != tuple(shape):
+        raise WeightsError(f"a shard has shape {tuple(local.shape)}, its placements {tensor.placements} say {shape}")
+    return local, tuple(offset)
+
+
+def _rows_per_block(shape: torch.Size) -> int:
+    if len(shape) >= 3:
+        return 1  # one expert
+    return max(1, BLOCK // max(1, math.prod(shape[1:])))
+
+
+def _blocks(shape: torch.Size, local: torch.Tensor, offset: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    if local.numel() == 0:
+        return
+    rows = shape[0] if shape else 1
+    step = _rows_per_block(shape)
+    first, last = offset[0], offset[0] + (local.shape[0] if shape else 1)
+    for start in range(first - first % step, last, step):
+        yield start, min(start + step, rows)
+
+
+def _write_block(
+    seed: int,
+    name: str,
+    law: InitLaw,
+    local: torch.Tensor,
+    shape: torch.Size,
+    offset: tuple[int, ...],
+    rows: tuple[int, int],
+) -> None:
+    start, stop = rows
+    block_shape = (stop - start, *shape[1:]) if shape else ()
+    inside = tuple(local.shape[1:]) == tuple(shape[1:]) and start >= offset[0]
+    inside = inside and (not shape or stop <= offset[0] + local.shape[0])
+    target = (local[start - offset[0] : stop - offset[0]] if shape else local) if inside else None
+    generator = torch.Generator().manual_seed(derive(seed, name, start))
+    with torch.no_grad():
+        direct = target is not None and target.device.type == "cpu" and target.dtype == torch.float32
+        block = target if direct and target is not None and target.is_contiguous() else torch.empty(block_shape)
+        _draw(block, law, generator)
+        if block is target:
+            return
+        if target is None:  # a shard that cuts the block: keep its part
+            low, high = max(start, offset[0]), min(stop, offset[0] + local.shape[0])
+            target = local[low - offset[0] : high - offset[0]]
+            block = block[low - start : high - start]
+            for dim in range(1, len(shape)):
+                block = block.narrow(dim, offset[dim], local.shape[dim])
+        target.copy_(block)
+
+
+def _draw(block: torch.Tensor, law: InitLaw, generator: torch.Generator) -> None:
+    if law.kind == "normal":
+        block.normal_(0.0, law.std, generator=generator)
+    elif law.kind == "uniform":
+        half = law.std * math.sqrt(3)
+        block.uniform_(-half, half, generator=generator)
+    else:
+        torch.nn.init.trunc_normal_(block, std=law.std, a=-law.bound, b=law.bound, generator=generator)
+
+
+def derive(seed: int, name: str, start: int) -> int:
+    """A 63-bit seed for the block of parameter `name` that starts at row `start`."""
+    digest = hashlib.sha256(f"{seed}:{name}:{start}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _write_special(model: PreTrainedModel, laws: Mapping[str, InitLaw], seed: int) -> None:
+    """Parameters with an initialization of their own (decays, time steps): transformers' own code, seeded by name.
+
+    Each runs on a copy of its module on the CPU, so that neither order nor device decides the values.
+    """
+    for name, law in laws.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if isinstance(getattr(module, leaf), DTensor):
+            raise WeightsError(f"{name} has an initialization of its own and is sharded: call apply before sharding")
+        twin = copy.copy(module)
+        twin._parameters = {
+            key: None if p is None else _unmarked(p, key == leaf) for key, p in module._parameters.items()
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(seed, name, 0))
+            model._init_weights(twin)
+        values = getattr(twin, leaf).detach()
+        getattr(module, leaf).detach().copy_(values if law.std in (0.0, 1.0) else values * law.std)
+
+
+def _unmarked(parameter: torch.nn.Parameter, wanted: bool) -> torch.nn.Parameter:
+    """A CPU copy without transformers' mark "already initialized"; only the wanted one keeps its size in memory."""
+    device = "cpu" if wanted else "meta"
+    return torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)

@@ -1,0 +1,613 @@
+"""Spec × roles × two models → one `Rule` per parameter; `apply`; what is written into `config.moe_param`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moe_param import optim
+from moe_param.init import check_writable, initialize
+from moe_param.roles import UNTRAINED, Info, Structure, read_structure
+from moe_param.shape import Shape, ShapeError, scale_config
+from moe_param.spec import ROLES, ScalingSpec
+from moe_param.trace import InitLaw
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Version of what `Parameterization.to_dict` writes."""
+
+
+class ParameterizationError(ValueError):
+    """A model, a base and a spec that do not fit together; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What holds for one parameter, as the optimizer and the initializer see it (folded).
+
+    role: see `moe_param.spec.ROLES`. shape: of the parameter. init: law and scale of its initial values.
+    lr, eps, weight_decay: factors on the user's numbers; weight_decay is 0 where the role is not decayed, otherwise
+    1 / lr, so that the shrinkage lr·λ of a step is the same everywhere. multiplier: the forward multiplier folded into
+    it (1: none), folded: from which sites. fan_in, fan_in_base: of the contraction it takes part in, None for vectors.
+    """
+
+    role: str
+    shape: tuple[int, ...]
+    init: InitLaw
+    lr: float = 1.0
+    eps: float = 1.0
+    weight_decay: float = 1.0
+    multiplier: float = 1.0
+    folded: tuple[str, ...] = ()
+    fan_in: int | None = None
+    fan_in_base: int | None = None
+    padding: int | None = None
+
+    @property
+    def init_std(self) -> float | None:
+        """Standard deviation of the initial values; None where they are constant or left to transformers."""
+        return self.init.std if self.init.kind in ("normal", "uniform", "trunc_normal") else None
+
+    @property
+    def constant(self) -> float | None:
+        """The constant the parameter starts at, None where it is random."""
+        return self.init.value if self.init.kind == "constant" else None
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """The rules of one model: made by `apply`, or read back from `model.config.moe_param` by `from_model`."""
+
+    rules: dict[str, Rule]
+    spec: ScalingSpec
+    base_shape: Shape
+    shape: Shape
+    seed: int | None = None
+    init_std: float | None = None
+    constants: Mapping[str, Mapping[str, float]] | None = None
+
+    # -- training ----------------------------------------------------------------------------------------------
+    def param_groups(
+        self, model: torch.nn.Module, *, lr: float, eps: float = 1e-8, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Optimizer groups for `model`, wrapped or sharded or not; see `moe_param.optim.param_groups`."""
+        return optim.param_groups(self.rules, model, lr=lr, eps=eps, weight_decay=weight_decay)
+
+    def optimizer_factory(self, optimizer_class: type[torch.optim.Optimizer]) -> type:
+        """For `Trainer(optimizer_cls_and_kwargs=(factory, {"lr": …}))`; see `moe_param.optim.optimizer_factory`."""
+        return optim.optimizer_factory(self.rules, optimizer_class)
+
+    # -- explanation -------------------------------------------------------------------------------------------
+    def rows(self, full: bool = False) -> list[dict[str, Any]]:
+        """One row per role and rule, or with `full` one per parameter: plain values, ready for JSON or a table."""
+        rows: dict[Any, dict[str, Any]] = {}
+        for name, rule in self.rules.items():
+            pattern = name if full else _pattern(name)[0]
+            values = {
+                "role": rule.role,
+                "parameter": pattern,
+                "shape": list(rule.shape),
+                "fan_in_ratio": rule.fan_in / rule.fan_in_base if rule.fan_in and rule.fan_in_base else None,
+                "init": _describe_init(rule.init),
+                "lr": rule.lr if rule.role not in UNTRAINED else None,
+                "eps": rule.eps if rule.role not in UNTRAINED else None,
+                "weight_decay": rule.weight_decay if rule.role not in UNTRAINED else None,
+                "multiplier": rule.multiplier,
+                "folded": list(rule.folded),
+                "parameters": 0,
+            }
+            key = json.dumps(values)
+            rows.setdefault(key, values)["parameters"] += 1
+        order = {role: i for i, role in enumerate((*ROLES, *UNTRAINED))}
+        found = list(rows.values())
+        return found if full else sorted(found, key=lambda row: order[row["role"]])
+
+    def table(self, full: bool = False) -> str:
+        """The rules as text: one line per role and rule, or with `full` one per parameter."""
+        from rich.console import Console
+
+        with Console(width=200 if full else 180, record=True, quiet=True) as console:
+            console.print(self.rich_table(full))
+        return console.export_text()
+
+    def rich_table(self, full: bool = False) -> Any:
+        """`table` as a `rich.table.Table`, for terminals."""
+        from rich.table import Table
+
+        title = f"{self.spec.name}: {_ratios(self.base_shape, self.shape)}"
+        table = Table(
+            title=title, caption="lr, eps, decay: factors on your numbers. folded: forward multiplier × site."
+        )
+        for column in (
+            "role",
+            "parameter",
+            "shape",
+            "fan-in ×",
+            "init",
+            "lr ×",
+            "eps ×",
+            "decay ×",
+            "folded",
+        ):
+            table.add_column(column, overflow="fold")
+        for row in self.rows(full):
+            count = f" ({row['parameters']})" if row["parameters"] > 1 else ""
+            folded = f"{row['multiplier']:.4g} {', '.join(row['folded'])}" if row["folded"] else ""
+            table.add_row(
+                row["role"],
+                row["parameter"] + count,
+                "×".join(map(str, row["shape"])),
+                *("" if row[k] is None else f"{row[k]:.4g}" for k in ("fan_in_ratio",)),
+                row["init"],
+                *("" if row[k] is None else f"{row[k]:.4g}" for k in ("lr", "eps", "weight_decay")),
+                folded,
+            )
+        return table
+
+    def __str__(self) -> str:
+        return self.table()
+
+    # -- persistence -------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values that `from_dict` reads back exactly; what `apply` stores in `config.moe_param`."""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, rule in self.rules.items():
+            pattern, layer = _pattern(name)
+            values = _encode(rule)
+            entry = entries.setdefault(json.dumps([pattern, values]), {"parameter": pattern, **values})
+            if layer is not None:
+                entry.setdefault("layers", []).append(layer)
+        for entry in entries.values():
+            if "layers" in entry:
+                entry["layers"] = _spans(entry["layers"])
+        return {
+            "format": FORMAT,
+            "spec": self.spec.to_dict(),
+            "base_shape": asdict(self.base_shape),
+            "shape": asdict(self.shape),
+            "seed": self.seed,
+            "init_std": self.init_std,
+            "constants": {role: dict(c) for role, c in (self.constants or {}).items()},
+            "rules": list(entries.values()),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Parameterization:
+        """Reads `to_dict` back.
+
+        Raises:
+            ParameterizationError: written by a version of moe_param this one cannot read.
+        """
+        if data.get("format") != FORMAT:
+            raise ParameterizationError(
+                f"config.moe_param has format {data.get('format')!r}, this moe_param reads format {FORMAT}: "
+                "use the version of moe_param that wrote it"
+            )
+        rules: dict[str, Rule] = {}
+        for entry in data["rules"]:
+            layers = [i for a, b in entry["layers"] for i in range(a, b + 1)] if "layers" in entry else [None]
+            for layer in layers:
+                name = entry["parameter"] if layer is None else entry["parameter"].replace("*", str(layer), 1)
+                rules[name] = _decode(entry)
+        return cls(
+            rules=rules,
+            spec=ScalingSpec.from_dict(data["spec"]),
+            base_shape=Shape(**data["base_shape"]),
+            shape=Shape(**data["shape"]),
+            seed=data["seed"],
+            init_std=data["init_std"],
+            constants=data["constants"] or None,
+        )
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel) -> Parameterization:
+        """Reads the rules from `model.config.moe_param`, for instance after `from_pretrained`. Weights are not touched.
+
+        Raises:
+            ParameterizationError: no record, or one whose parameters or shapes are not the model's.
+        """
+        record = getattr(model.config, "moe_param", None)
+        if record is None:
+            raise ParameterizationError(
+                f"{type(model).__name__} carries no parameterization (`config.moe_param` is missing): "
+                "call moe_param.apply(model, base_shape, reinit=False)"
+            )
+        parameterization = cls.from_dict(record)
+        shapes = {name: tuple(rule.shape) for name, rule in parameterization.rules.items()}
+        _check_shapes(shapes, model, "config.moe_param records")
+        return parameterization
+
+
+def plan(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    base_shape: Shape | PretrainedConfig,
+    target_shape: Shape | None = None,
+    *,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = "moe-completep",
+    init_std: float | None = None,
+    constants: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int | None = None,
+    allow_sparsity_change: bool = False,
+) -> Parameterization:
+    """The rules `apply` would write, from configs alone: nothing is built in memory. Arguments are those of `apply`.
+
+    Raises:
+        ParameterizationError, ShapeError, SpecError, StructureError, RoleError: as `apply`.
+    """
+    table = ScalingSpec.load(spec)
+    _check_numbers(init_std, constants)
+    if isinstance(base_shape, Shape):
+        wanted = {k: v for k, v in asdict(base_shape).items() if k != "head_dim"}
+        base_config = scale_config(config, **wanted, model_class=model_class)
+    elif isinstance(base_shape, PretrainedConfig):
+        base_config = base_shape
+        if base_config.model_type != config.model_type:
+            raise ParameterizationError(
+                f"base and target are different architectures: {base_config.model_type} and {config.model_type}"
+            )
+    else:
+        raise ParameterizationError(
+            f"base_shape must be a Shape or a PretrainedConfig, got {type(base_shape).__name__}"
+        )
+    target = read_structure(model_class, config)
+    base = read_structure(model_class, base_config)
+    if isinstance(base_shape, Shape) and base_shape.head_dim not in (None, base.shape.head_dim):
+        raise ShapeError(
+            f"base_shape.head_dim = {base_shape.head_dim}, but heads are scaled at the model's head_dim "
+            f"{base.shape.head_dim}: for another head_dim at the base pass the base config instead of a Shape"
+        )
+    if target_shape is not None:
+        given = target_shape if target_shape.head_dim else replace(target_shape, head_dim=target.shape.head_dim)
+        if given != target.shape:
+            raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
+    _check_sparsity(base.shape, target.shape, allow_sparsity_change)
+    rules = _rules(table, base, target, init_std, constants or {})
+    return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants)
+
+
+def apply(
+    model: PreTrainedModel,
+    base_shape: Shape | PretrainedConfig,
+    target_shape: Shape | None = None,
+    *,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = "moe-completep",
+    init_std: float | None = None,
+    constants: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int | None = None,
+    reinit: bool = True,
+    experts: str | None = "auto",
+    allow_sparsity_change: bool = False,
+) -> Parameterization:
+    """Rewrites the initialization of `model` in place and returns the rules of its parameters.
+
+    The forward pass is not touched: multipliers are folded into init, learning rate and epsilon (the abc-symmetry of
+    Adam; arXiv:2601.20205, D.1). At `base_shape` everything is as transformers has it, with one learning rate.
+
+    Args:
+        model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
+        base_shape: the shape the numbers were tuned at, or the base config.
+        target_shape: checked against the model; the model's own shape by default.
+        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping.
+        init_std: σ of every randomly initialized parameter of the base; by default transformers' own.
+        constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
+        seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device
+            or the sharding. Default: drawn from torch's global generator (give one where ranks must agree).
+        reinit: False leaves the weights alone (continued training, a loaded checkpoint) and gives only the rates.
+        experts: an implementation for transformers' experts interface; "auto" takes "megablocks" where it is usable
+            on the model's device and otherwise leaves transformers' choice; None leaves it without a word.
+        allow_sparsity_change: warn instead of raising where top_k / num_experts differs from the base.
+
+    Returns:
+        The `Parameterization`, also recorded as plain JSON in `model.config.moe_param`.
+
+    Raises:
+        StructureError: no experts, or a forward pass that cannot be read.
+        RoleError: parameters without a role, all of them listed.
+        ShapeError: sizes that contradict the model or do not divide.
+        SpecError: an invalid scaling table.
+        ParameterizationError: a model already parameterized, with meta or quantized weights, another architecture
+            than the base, another sparsity, a multiplier without a place to go, NaN or negative constants.
+        In every case the model is left as it was.
+    """
+    if reinit and getattr(model.config, "moe_param", None) is not None:
+        raise ParameterizationError(
+            f"{type(model).__name__} is already parameterized (config.moe_param is set): read its rules with "
+            "Parameterization.from_model(model), or pass reinit=False to replace the rates and keep the weights"
+        )
+    if seed is None and reinit:
+        seed = int(torch.randint(2**31, (), device="cpu").item())
+    parameterization = plan(
+        type(model),
+        model.config,
+        base_shape,
+        target_shape,
+        spec=spec,
+        init_std=init_std,
+        constants=constants,
+        seed=seed,
+        allow_sparsity_change=allow_sparsity_change,
+    )
+    shapes = {name: rule.shape for name, rule in parameterization.rules.items()}
+    _check_shapes(shapes, model, "its config builds")
+    backend = _choose_experts(model, experts)
+    if reinit:
+        assert seed is not None
+        check_writable(model)
+        initialize(model, {name: (rule.init, rule.padding) for name, rule in parameterization.rules.items()}, seed)
+    if backend is not None:
+        model.set_experts_implementation(backend)
+    model.config.moe_param = parameterization.to_dict()
+    return parameterization
+
+
+def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
+    if experts is None:
+        return None
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if experts != "auto":
+        if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
+            valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
+            raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
+        return experts
+    if "megablocks" in ALL_EXPERTS_FUNCTIONS and model.device.type == "cuda":
+        return "megablocks"
+    _say_once(
+        f"experts='auto': megablocks is not usable on {model.device.type}, transformers' own experts implementation "
+        f"({model.config._experts_implementation}) stays"
+    )
+    return None
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+# -- the rules -------------------------------------------------------------------------------------------------------
+def _rules(
+    spec: ScalingSpec,
+    base: Structure,
+    target: Structure,
+    init_std: float | None,
+    constants: Mapping[str, Mapping[str, float]],
+) -> dict[str, Rule]:
+    dims = ("width", "depth", "num_experts", "top_k", "expert_size")
+    ratios = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in dims}
+    for dim in spec.fixed:
+        if ratios.get(dim, 1.0) != 1.0:
+            raise ParameterizationError(
+                f"spec {spec.name} does not scale {dim}: base {getattr(base.shape, dim)}, "
+                f"target {getattr(target.shape, dim)}"
+            )
+    _check_gaps(spec, base, target, ratios)
+    counterparts = _counterparts(base, target)
+    rules = {}
+    for name, info in target.parameters.items():
+        rules[name] = _rule(spec, ratios, base.parameters[counterparts[name]], info, init_std, constants)
+    return rules
+
+
+def _rule(
+    spec: ScalingSpec,
+    ratios: Mapping[str, float],
+    base: Info,
+    info: Info,
+    init_std: float | None,
+    constants: Mapping[str, Mapping[str, float]],
+) -> Rule:
+    fans = {"fan_in": info.fan_in, "fan_in_base": base.fan_in, "padding": info.padding}
+    if info.role in UNTRAINED:
+        return Rule(info.role, info.shape, info.law, lr=0.0, weight_decay=0.0, **fans)  # type: ignore[arg-type]
+    own = dict(ratios)
+    for fan in ("fan_in", "fan_out"):
+        here, there = getattr(info, fan), getattr(base, fan)
+        own[fan] = here / there if here and there else 1.0
+    own["head_dim"] = info.head_dim / base.head_dim if info.head_dim and base.head_dim else 1.0
+
+    def scale(exponents: Mapping[str, float]) -> float:
+        return math.prod(own[dim] ** exponent for dim, exponent in exponents.items())
+
+    multiplier, folded = 1.0, []
+    for site in sorted(info.sites):
+        if site not in spec.multipliers:
+            continue
+        factor = scale(spec.multipliers[site])
+        if site == "attention_logits" and info.scaling and base.scaling:
+            factor /= info.scaling / base.scaling  # what the model's own factor already does
+        if not math.isclose(factor, 1.0, rel_tol=1e-12):
+            multiplier *= factor
+            folded.append(site)
+
+    row = spec.roles[info.role]
+    eps_row = spec.roles[info.of or info.role] if row.eps is None else row
+    own_constants = constants.get(info.role, {})
+    std_ratio = scale(row.init_std) * own_constants.get("init", 1.0)
+    lr = scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
+    eps = scale(eps_row.eps or {}) / multiplier
+    law = base.law if spec.init == "base" else info.law
+    return Rule(
+        role=info.role,
+        shape=info.shape,
+        init=_fold_law(law, info.offset, std_ratio, multiplier, init_std),
+        lr=lr,
+        eps=eps,
+        weight_decay=1.0 / lr if row.decay and lr else 0.0,
+        multiplier=multiplier,
+        folded=tuple(folded),
+        **fans,
+    )
+
+
+def _fold_law(law: InitLaw, offset: bool, std_ratio: float, multiplier: float, init_std: float | None) -> InitLaw:
+    if law.kind == "constant":
+        if offset:  # a gain of the form 1 + w: 1 + w' = a·(1 + w)
+            return replace(law, value=multiplier * (1.0 + law.value) - 1.0)
+        return replace(law, value=multiplier * law.value)
+    if law.kind == "special":  # values are transformers' own, times this
+        return replace(law, std=std_ratio * multiplier)
+    if init_std is not None:
+        law = InitLaw("normal", std=init_std)
+    factor = std_ratio * multiplier
+    return replace(law, std=law.std * factor, bound=law.bound * factor)
+
+
+def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
+    """Which base parameter each target parameter is scaled from: the same name in a layer of the same kind."""
+    of_kind: dict[Any, list[int]] = {}
+    for index, kind in enumerate(base.kinds):
+        of_kind.setdefault(kind, []).append(index)
+    total = Counter(target.kinds)
+    seen: Counter[Any] = Counter()
+    layer_map = {}
+    for index, kind in enumerate(target.kinds):
+        if kind not in of_kind:
+            raise ParameterizationError(
+                f"layer {index} of the target ({kind[0] or 'its parameters'}) has no counterpart in the base: the base "
+                "needs a layer with the same parameters in the same roles. Choose a base depth that holds every kind "
+                "of layer, or pass a base config."
+            )
+        candidates = of_kind[kind]
+        layer_map[index] = candidates[seen[kind] * len(candidates) // total[kind]]
+        seen[kind] += 1
+    names = {(info.layer, info.relative): name for name, info in base.parameters.items()}
+    found = {}
+    for name, info in target.parameters.items():
+        layer = None if info.layer is None else layer_map[info.layer]
+        if (layer, info.relative) not in names:
+            raise ParameterizationError(f"{name} is not in the base model: base and target differ in more than shape")
+        found[name] = names[layer, info.relative]
+    return found
+
+
+def _check_gaps(spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float]) -> None:
+    head_dims = {
+        (b.head_dim, t.head_dim)
+        for b, t in itertools.product(base.parameters.values(), target.parameters.values())
+        if b.relative == t.relative and b.head_dim and t.head_dim
+    }
+    moved = dict(ratios, head_dim=1.0 if all(b == t for b, t in head_dims) else 2.0)
+    for site, reason in {**base.gaps, **target.gaps}.items():
+        used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and moved.get(dim, 1.0) != 1.0]
+        if used:
+            raise ParameterizationError(
+                f"spec {spec.name} multiplies the {site} when {used[0]} changes, and in "
+                f"{target.model_class.__name__} there is no parameter to fold that into: {reason}. "
+                f"Keep {used[0]} at the base's."
+            )
+
+
+def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:
+    if base.sparsity == target.sparsity:
+        return
+    message = (
+        f"the target activates {target.top_k} of {target.num_experts} experts, the base {base.top_k} of "
+        f"{base.num_experts}: the rules hold at fixed sparsity top_k / num_experts (arXiv:2601.20205, Section 3.2)."
+    )
+    if not allowed:
+        raise ParameterizationError(message + " Scale top_k with num_experts, or pass allow_sparsity_change=True.")
+    warnings.warn(
+        message + " The paper saw the transferred optimum degrade slowly when sparsity changes (Figure 11).",
+        stacklevel=4,
+    )
+
+
+def _check_numbers(init_std: float | None, constants: Mapping[str, Mapping[str, float]] | None) -> None:
+    if init_std is not None and not (math.isfinite(init_std) and init_std > 0):
+        raise ParameterizationError(f"init_std must be a positive number, got {init_std}")
+    for role, values in (constants or {}).items():
+        if role not in ROLES:
+            raise ParameterizationError(f"constants: unknown role {role!r} (valid: {', '.join(ROLES)})")
+        for key, value in values.items():
+            if key not in ("init", "lr"):
+                raise ParameterizationError(f"constants.{role}: unknown key {key!r} (valid: init, lr)")
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ParameterizationError(f"constants.{role}.{key} must be a positive number, got {value!r}")
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], model: PreTrainedModel, source: str) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        raise ParameterizationError(
+            f"{type(model).__name__} is quantized ({type(quantizer).__name__}): parameterize the model it was made from"
+        )
+    actual = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [
+        f"{n}: {source} {expected[n]}, the model has {actual[n]}"
+        for n in actual
+        if expected.get(n, actual[n]) != actual[n]
+    ]
+    wrong += [f"{n}: not in what {source}" for n in actual if n not in expected]
+    wrong += [f"{n}: {source} {expected[n]}, the model has no such parameter" for n in expected if n not in actual]
+    if wrong:
+        listing = "\n  ".join(wrong[:20]) + (f"\n  … and {len(wrong) - 20} more" if len(wrong) > 20 else "")
+        raise ShapeError(f"{type(model).__name__} does not match:\n  {listing}")
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+def _encode(rule: Rule) -> dict[str, Any]:
+    values = {k: v for k, v in asdict(rule).items() if k != "init"}
+    values["shape"], values["folded"] = list(rule.shape), list(rule.folded)
+    values["init"] = {k: v for k, v in asdict(rule.init).items() if v != 0.0}
+    return values
+
+
+def _decode(entry: Mapping[str, Any]) -> Rule:
+    values = {k: v for k, v in entry.items() if k not in ("parameter", "layers")}
+    values["shape"], values["folded"] = tuple(values["shape"]), tuple(values["folded"])
+    values["init"] = InitLaw(**values["init"])
+    return Rule(**values)
+
+
+def _pattern(name: str) -> tuple[str, int | None]:
+    """`model.layers.3.mlp.gate.weight` → (`model.layers.*.mlp.gate.weight`, 3)."""
+    match = re.search(r"\.(\d+)\.", name)
+    if match is None:
+        return name, None
+    return name[: match.start()] + ".*." + name[match.end() :], int(match.group(1))
+
+
+def _spans(layers: list[int]) -> list[list[int]]:
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and spans[-1][1] == layer - 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return spans
+
+
+def _describe_init(law: InitLaw) -> str:
+    if law.kind == "constant":
+        return f"= {law.value:.4g}"
+    if law.kind == "special":
+        return "transformers' own" + (f" × {law.std:.4g}" if law.std not in (0.0, 1.0) else "")
+    return f"{law.kind} {law.std:.4g}"
+
+
+def _ratios(base: Shape, target: Shape) -> str:
+    def each() -> Iterator[str]:
+        for name, value in asdict(target).items():
+            before = getattr(base, name)
+            if value is not None:
+                yield f"{name} {before} → {value}" if before != value else f"{name} {value}"
+
+    return ", ".join(each())

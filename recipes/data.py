@@ -1,0 +1,387 @@
+"""Text in, fixed-length blocks of tokens out.
+
+Three sources: `stdlib` (the .py files of the running Python: real text on every machine, no download),
+local files, and anything `datasets.load_dataset` knows by name. Documents are joined with an
+end-of-document token and cut into blocks of `seq_len`; nothing is padded, so all blocks weigh the same.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import logging
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+logger = logging.getLogger(__name__)
+
+# Installed packages differ by machine, test suites are not in every distribution, codec tables are not text.
+STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
+BUILDERS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
+FEW_DOCUMENTS = 100  # below this a split by document is too coarse: the end of the text is held out
+
+Block = dict[str, torch.Tensor]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, and what to do."""
+
+
+@dataclass
+class DataArguments:
+    """Which text to train on."""
+
+    dataset: str = field(
+        default="stdlib",
+        metadata={
+            "help": "'stdlib', or a Hub data set id or local folder as `datasets.load_dataset` takes it."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of the data set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to validate on; without it, documents are held out of train_split."},
+    )
+    train_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Local .txt, .md, .jsonl, .json or .parquet files or globs, instead of dataset."},
+    )
+    validation_files: list[str] | None = field(
+        default=None,
+        metadata={"help": "Files to validate on; without them, documents of train_files are held out."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    tokenizer: str = field(
+        default="bytes", metadata={"help": "'bytes' (256 ids), or a Hugging Face tokenizer's name or path."}
+    )
+    seq_len: int = field(default=256, metadata={"help": "Tokens per block."})
+    streaming: bool | None = field(
+        default=None,
+        metadata={"help": "Read while training, not up front. Default: yes for dataset, no for files."},
+    )
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Documents in the shuffle buffer of a stream."}
+    )
+    validation_fraction: float = field(
+        default=0.05, metadata={"help": "Share of documents held out (not streaming)."}
+    )
+    validation_blocks: int = field(
+        default=256, metadata={"help": "Blocks to validate on, evenly spaced; 0 for all."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 2:
+            raise InputError(f"seq_len is {self.seq_len}: the loss needs at least 2 tokens per block")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(
+                f"validation_fraction is {self.validation_fraction}: expected a number between 0 and 1"
+            )
+        if self.train_files and self.dataset != "stdlib":
+            raise InputError("dataset and train_files are both set: give one of them")
+        if self.train_files and self.validation_split:
+            raise InputError("validation_split is for dataset: with train_files give validation_files")
+        if self.validation_files and not self.train_files:
+            raise InputError(
+                "validation_files is set without train_files: give both, or use validation_split"
+            )
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    dtype: type[np.unsignedinteger[Any]]
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens of each text, each closed by the end-of-document token."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes. Byte 0 does not occur in text and ends a document, so 256 ids are all there is."""
+
+    vocab_size = 256
+    dtype = np.uint8
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(errors="replace") + b"\0", np.uint8) for text in texts]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+class HFTokenizer:
+    """Any Hugging Face tokenizer that has an end-of-text token."""
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.hf = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"tokenizer {name!r} cannot be loaded ({reason}): give 'bytes', a Hub id or a folder"
+            ) from error
+        if self.hf.eos_token_id is None:
+            raise InputError(
+                f"tokenizer {name!r} has no eos_token to end documents with: set one and save it"
+            )
+        self.vocab_size = len(self.hf)
+        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        ids = self.hf(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+        return [np.array([*document, self.hf.eos_token_id], self.dtype) for document in ids]
+
+
+def load_tokenizer(name: str) -> ByteTokenizer | HFTokenizer:
+    return ByteTokenizer() if name == "bytes" else HFTokenizer(name)
+
+
+class PackedDataset(Dataset[Block]):
+    """Block i of a flat token array. Only an incomplete last block is left out."""
+
+    def __init__(self, tokens: np.ndarray, seq_len: int, *, max_blocks: int = 0) -> None:
+        blocks = len(tokens) // seq_len
+        if blocks == 0:
+            raise InputError(
+                f"{len(tokens)} tokens do not fill one block: more text or seq_len below {seq_len}"
+            )
+        self.tokens, self.seq_len = tokens, seq_len
+        # Evenly spaced, so that a small validation set still sees the whole of the held-out text.
+        chosen = min(max_blocks or blocks, blocks)
+        self.starts = np.linspace(0, blocks - 1, chosen).astype(np.int64) * seq_len
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Block:
+        start = self.starts[index]
+        ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}  # transformers shifts the labels itself
+
+    def batch(self, indices: Iterable[int]) -> torch.Tensor:
+        return torch.stack([self[i]["input_ids"] for i in indices])
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+        """Endless batches, every epoch in a new order that depends on the seed alone."""
+        if len(self) < batch_size:
+            raise InputError(
+                f"{len(self)} blocks do not fill one batch: more text or batch_size below {batch_size}"
+            )
+        for epoch in itertools.count():
+            order = np.random.default_rng((seed, epoch)).permutation(len(self))
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                yield self.batch(order[start : start + batch_size])
+
+
+class PackedStream(IterableDataset[Block]):
+    """Blocks packed on the fly. `documents`, a `datasets.IterableDataset`, splits itself among workers."""
+
+    def __init__(self, documents: Any, text_column: str, tokenizer: Tokenizer, seq_len: int) -> None:
+        self.documents, self.text_column, self.tokenizer, self.seq_len = (
+            documents,
+            text_column,
+            tokenizer,
+            seq_len,
+        )
+
+    def set_epoch(self, epoch: int) -> None:  # Trainer calls this; the shuffle follows
+        self.documents.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Block]:
+        rest = np.empty(0, self.tokenizer.dtype)
+        for tokens in encoded(column(self.documents, self.text_column, "the stream"), self.tokenizer):
+            rest = np.concatenate([rest, tokens])
+            full = len(rest) // self.seq_len * self.seq_len
+            for block in rest[:full].reshape(-1, self.seq_len):
+                ids = torch.from_numpy(block.astype(np.int64))
+                yield {"input_ids": ids, "labels": ids}
+            rest = rest[full:]
+
+
+@dataclass
+class Data:
+    train: PackedDataset | PackedStream
+    validation: PackedDataset
+    tokenizer: ByteTokenizer | HFTokenizer
+    description: str
+
+
+def load_data(args: DataArguments, seed: int = 0) -> Data:
+    tokenizer = load_tokenizer(args.tokenizer)
+    if args.dataset == "stdlib" and not args.train_files:
+        if args.streaming:
+            raise InputError("dataset 'stdlib' does not stream: leave streaming unset")
+        train, validation = stdlib_tokens(tokenizer, args.validation_fraction)
+        name = "stdlib"
+    else:
+        name = " ".join(args.train_files) if args.train_files else args.dataset
+        if args.streaming if args.streaming is not None else not args.train_files:
+            return _stream(args, tokenizer, name, seed)
+        train, validation = _local_tokens(args, tokenizer, name)
+    held_out = PackedDataset(validation, args.seq_len, max_blocks=args.validation_blocks)
+    description = (
+        f"{name}: {len(train):,} tokens to train on, {len(held_out)} blocks of {len(validation):,} held out"
+    )
+    return Data(PackedDataset(train, args.seq_len), held_out, tokenizer, description)
+
+
+def stdlib_files() -> list[tuple[str, Path]]:
+    """(relative path, file) of the standard library's sources, in the same order on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+    return [(name, path) for name, path in files if STDLIB_SKIPPED.isdisjoint(name.split("/"))]
+
+
+def stdlib_split(fraction: float) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
+    """Whole files, training and held out. A file's side depends on its name only, not on the other files."""
+    files = stdlib_files()
+    held_out = [held_out_by_hash(name, fraction) for name, _ in files]
+    if not any(held_out) or all(held_out):
+        root = sysconfig.get_paths()["stdlib"]
+        raise InputError(f"stdlib: too few .py files ({len(files)}) under {root}: use train_files instead")
+    return [f for f, out in zip(files, held_out) if not out], [f for f, out in zip(files, held_out) if out]
+
+
+def stdlib_tokens(tokenizer: Tokenizer, fraction: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
+    train, validation = (
+        np.concatenate(list(encoded((path.read_text("utf-8", "replace") for _, path in part), tokenizer)))
+        for part in stdlib_split(fraction)
+    )
+    return train, validation
+
+
+def held_out_by_hash(key: str, fraction: float) -> bool:
+    digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int = 256) -> Iterator[np.ndarray]:
+    """Tokens of each text; in batches, because fast tokenizers work on many texts at once."""
+    iterator = iter(texts)
+    while chunk := list(itertools.islice(iterator, batch)):
+        yield from tokenizer.encode(chunk)
+
+
+def column(rows: Iterable[dict[str, Any]], name: str, source: str) -> Iterator[str]:
+    for row in rows:
+        if name not in row:
+            raise InputError(f"{source}: no column {name!r} (it has: {', '.join(row)}): set text_column")
+        text = row[name]
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                f"{source}: column {name!r} holds {type(text).__name__}, not text: set text_column"
+            )
+        if text:
+            yield text
+
+
+def _documents(args: DataArguments, files: list[str] | None, split: str) -> Any:
+    """A `datasets.IterableDataset`: also for what is read up front, as that leaves no copy in the cache."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    if files:
+        paths = [path for pattern in files for path in _matches(pattern)]
+        builders = {_builder(path) for path in paths}
+        if len(builders) > 1:
+            raise InputError(
+                f"{' '.join(files)}: several kinds of file ({', '.join(sorted(builders))}): give one"
+            )
+        builder = builders.pop()
+        options = {"sample_by": "document"} if builder == "text" else {}
+        try:
+            return load_dataset(builder, data_files={split: paths}, split=split, streaming=True, **options)
+        except StopIteration:  # what datasets lets escape where the first .jsonl file is empty
+            raise InputError(f"{paths[0]}: no text in it") from None
+    try:
+        return load_dataset(args.dataset, args.dataset_config, split=split, streaming=True)
+    except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"data set {args.dataset!r} cannot be loaded: {reason} (local files go in train_files)"
+        ) from error
+    except ValueError as error:  # an unknown configuration or split; datasets lists the valid ones
+        raise InputError(f"data set {args.dataset!r}: {error}") from error
+
+
+def _matches(pattern: str) -> list[str]:
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if Path(path).is_file())
+    if not found:
+        raise InputError(f"{pattern}: no such file")
+    return found
+
+
+def _builder(path: str) -> str:
+    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in COMPRESSED]
+    if not suffixes or suffixes[-1] not in BUILDERS:
+        raise InputError(f"{path}: kind of file not known by its name, expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[suffixes[-1]]
+
+
+def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(files: list[str] | None, split: str) -> list[str]:
+        texts = list(column(_documents(args, files, split), args.text_column, name))
+        if not texts:
+            raise InputError(f"{' '.join(files) if files else name}: no text in it")
+        return texts
+
+    def tokens(texts: list[str]) -> np.ndarray:
+        return np.concatenate(list(encoded(texts, tokenizer)))
+
+    train = read(args.train_files, args.train_split)
+    if args.validation_files or args.validation_split:
+        return tokens(train), tokens(read(args.validation_files, args.validation_split or args.train_split))
+    if len(train) >= FEW_DOCUMENTS:
+        held_out = [held_out_by_hash(text, args.validation_fraction) for text in train]
+        if any(held_out) and not all(held_out):
+            logger.info("%s: %d of %d documents held out for validation", name, sum(held_out), len(train))
+            kept = [text for text, out in zip(train, held_out) if not out]
+            return tokens(kept), tokens([text for text, out in zip(train, held_out) if out])
+    logger.info("%s: %d document(s), too few to split: the end of the text is held out", name, len(train))
+    flat = tokens(train)
+    cut = int(len(flat) * (1 - args.validation_fraction))
+    return flat[:cut], flat[cut:]
+
+
+def _stream(args: DataArguments, tokenizer: ByteTokenizer | HFTokenizer, name: str, seed: int) -> Data:
+    if args.validation_blocks < 1:
+        raise InputError("validation_blocks is 0, which means all: a stream needs a number")
+    separate = bool(args.validation_files or args.validation_split)
+    source = _documents(args, args.train_files, args.train_split)
+    held_out = source
+    if separate:
+        held_out = _documents(args, args.validation_files, args.validation_split or args.train_split)
+    taken: list[np.ndarray] = []
+    rows = 0
+    for row in held_out:
+        rows += 1
+        taken += encoded(column([row], args.text_column, name), tokenizer)
+        if sum(map(len, taken)) >= args.validation_blocks * args.seq_len:
+            break
+    if not taken:
+        raise InputError(f"{name}: no text in it")
+    validation = PackedDataset(np.concatenate(taken), args.seq_len, max_blocks=args.validation_blocks)
+    train = source if separate else source.skip(rows)
+    train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
+    stream = PackedStream(train, args.text_column, tokenizer, args.seq_len)
+    description = f"{name}: streaming, {len(validation)} blocks of {rows} documents held out"
+    return Data(stream, validation, tokenizer, description)
