@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 RATIO_BREAKING_SCHEDULES = ("reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy", "GreedyLR")
 """Schedules that set learning rates by a floor or a probe per group, so that ratios between groups drift."""
 
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class OptimizerError(ValueError):
@@ -23,9 +23,7 @@ class OptimizerError(ValueError):
 
 def plain_name(name: str) -> str:
     """The name a parameter had before DDP, torch.compile, FSDP or checkpoint wrappers put theirs in front."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def param_groups(
@@ -109,7 +107,8 @@ def check_schedule(name: str) -> None:
     Raises:
         OptimizerError: for ReduceLROnPlateau and Greedy, by the name transformers gives them.
     """
-    if str(name) in RATIO_BREAKING_SCHEDULES:
+    name = str(getattr(name, "value", name))  # transformers' SchedulerType is an enum
+    if name in RATIO_BREAKING_SCHEDULES:
         raise OptimizerError(
             f"the schedule {name} sets each group's learning rate by itself, so the ratios between groups, which are "
             "the parameterization, would drift: use a multiplicative schedule (constant, linear, cosine, wsd)"

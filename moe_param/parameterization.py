@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import logging
@@ -119,41 +120,45 @@ class Parameterization:
         """The rules as text: one line per role and rule, or with `full` one per parameter."""
         from rich.console import Console
 
-        with Console(width=200 if full else 180, record=True, quiet=True) as console:
-            console.print(self.rich_table(full))
-        return console.export_text()
+        console = Console(width=200, file=io.StringIO(), record=True)
+        console.print(self.rich_table(full))
+        return "\n".join(line.rstrip() for line in console.export_text().splitlines())
 
-    def rich_table(self, full: bool = False) -> Any:
-        """`table` as a `rich.table.Table`, for terminals."""
+    def rich_table(self, full: bool = False, *, narrow: bool = False) -> Any:
+        """`table` as a `rich.table.Table`, for terminals; `narrow` leaves the names of the parameters out."""
+        from rich import box
         from rich.table import Table
 
-        title = f"{self.spec.name}: {_ratios(self.base_shape, self.shape)}"
         table = Table(
-            title=title, caption="lr, eps, decay: factors on your numbers. folded: forward multiplier × site."
+            title=f"{self.spec.name}: {_ratios(self.base_shape, self.shape)}",
+            caption="fan-in: target / base. init std: '= c' is a constant. lr, eps, decay: factors on the base's "
+            "numbers. folded in: the forward multiplier that a parameter carries.",
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
         )
-        for column in (
-            "role",
-            "parameter",
-            "shape",
-            "fan-in ×",
-            "init",
-            "lr ×",
-            "eps ×",
-            "decay ×",
-            "folded",
-        ):
-            table.add_column(column, overflow="fold")
+
+        def number(value: float | None) -> str:
+            return "" if value is None else f"{value:.4g}"
+
+        columns = ["role", "parameter", "shape", "fan-in", "init std", "lr", "eps", "decay", "folded in"]
+        for column in columns:
+            if not (narrow and column == "parameter"):
+                wrap = column in ("parameter", "folded in")
+                table.add_column(column, overflow="fold", no_wrap=not wrap, min_width=8 if wrap else None)
         for row in self.rows(full):
             count = f" ({row['parameters']})" if row["parameters"] > 1 else ""
-            folded = f"{row['multiplier']:.4g} {', '.join(row['folded'])}" if row["folded"] else ""
+            folded = [number(row["multiplier"]), *(site.replace("_", " ") for site in row["folded"])]
             table.add_row(
                 row["role"],
-                row["parameter"] + count,
+                *([] if narrow else [row["parameter"] + count]),
                 "×".join(map(str, row["shape"])),
-                *("" if row[k] is None else f"{row[k]:.4g}" for k in ("fan_in_ratio",)),
-                row["init"],
-                *("" if row[k] is None else f"{row[k]:.4g}" for k in ("lr", "eps", "weight_decay")),
-                folded,
+                number(row["fan_in_ratio"]),
+                row["init"].removeprefix("normal "),
+                *(number(row[factor]) for factor in ("lr", "eps", "weight_decay")),
+                " ".join(folded) if row["folded"] else "",
             )
         return table
 
@@ -323,10 +328,11 @@ def apply(
             than the base, another sparsity, a multiplier without a place to go, NaN or negative constants.
         In every case the model is left as it was.
     """
-    if reinit and getattr(model.config, "moe_param", None) is not None:
+    if reinit and _is_parameterized(model):
         raise ParameterizationError(
             f"{type(model).__name__} is already parameterized (config.moe_param is set): read its rules with "
-            "Parameterization.from_model(model), or pass reinit=False to replace the rates and keep the weights"
+            "Parameterization.from_model(model), or pass reinit=False to replace the rates and keep the weights. "
+            "Where the weights are new and only the config was loaded, delete config.moe_param first."
         )
     if seed is None and reinit:
         seed = int(torch.randint(2**31, (), device="cpu").item())
@@ -351,7 +357,17 @@ def apply(
     if backend is not None:
         model.set_experts_implementation(backend)
     model.config.moe_param = parameterization.to_dict()
+    model._moe_param = True  # type: ignore[assignment]
     return parameterization
+
+
+def _is_parameterized(model: PreTrainedModel) -> bool:
+    """By this process (the model is marked), or by the one that saved what it was loaded from.
+
+    The record in the config alone does not tell: models built from one config object share it.
+    """
+    recorded = getattr(model.config, "moe_param", None) is not None
+    return getattr(model, "_moe_param", False) or (recorded and bool(model.config.name_or_path))
 
 
 def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
@@ -421,6 +437,7 @@ def _rule(
     for fan in ("fan_in", "fan_out"):
         here, there = getattr(info, fan), getattr(base, fan)
         own[fan] = here / there if here and there else 1.0
+    own["units"] = info.shape[-1] / base.shape[-1] if len(info.shape) == 1 else 1.0
     own["head_dim"] = info.head_dim / base.head_dim if info.head_dim and base.head_dim else 1.0
 
     def scale(exponents: Mapping[str, float]) -> float:
@@ -443,6 +460,7 @@ def _rule(
     std_ratio = scale(row.init_std) * own_constants.get("init", 1.0)
     lr = scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
     eps = scale(eps_row.eps or {}) / multiplier
+    matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")
     law = base.law if spec.init == "base" else info.law
     return Rule(
         role=info.role,
@@ -450,7 +468,7 @@ def _rule(
         init=_fold_law(law, info.offset, std_ratio, multiplier, init_std),
         lr=lr,
         eps=eps,
-        weight_decay=1.0 / lr if row.decay and lr else 0.0,
+        weight_decay=1.0 / lr if row.decay and matrix else 0.0,
         multiplier=multiplier,
         folded=tuple(folded),
         **fans,

@@ -51,6 +51,7 @@ class Info:
 class Structure:
     """What moe_param knows of a model: its shape, and an `Info` per parameter name.
 
+    routers: names of the modules that route, one per MoE layer.
     kinds: per decoder layer, what it consists of; layers of one kind correspond to each other across models.
     gaps: site -> why the forward multiplier of that site has no parameter to go into.
     """
@@ -58,6 +59,7 @@ class Structure:
     model_class: type[PreTrainedModel]
     shape: Shape
     parameters: dict[str, Info]
+    routers: tuple[str, ...]
     kinds: tuple[Any, ...]
     gaps: dict[str, str] = field(default_factory=dict)
 
@@ -87,7 +89,9 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
             "does not use them. Freeze them (requires_grad_(False) in the model's __init__) or remove them."
         )
     kinds = reader.kinds(parameters, config)
-    return Structure(model_class, measure(model, trace), parameters, kinds, reader.gaps())
+    return Structure(
+        model_class, measure(model, trace), parameters, tuple(sorted(reader.routers)), kinds, reader.gaps()
+    )
 
 
 class _Reader:
@@ -190,7 +194,7 @@ class _Reader:
         return isinstance(getattr(module, "scaling", None), float)
 
     def in_mlp(self, name: str) -> bool:
-        """Whether a matrix sits in a plain MLP: a module of two or three matrices (and their biases), no convolution."""
+        """Whether a matrix sits in a plain MLP: a module of two or three matrices and their biases, no convolution."""
         for owner in self.ancestors(name):
             inside = [n for n in self.trace.shapes if n.startswith(owner + ".")]
             matrices = [n for n in inside if self.bias_of(n) is None]

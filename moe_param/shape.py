@@ -99,6 +99,7 @@ _RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_siz
 _DEPTH = r"num_hidden_layers"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
 _TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
+_GROUPS = r"n_group"  # of experts, in routers that choose groups first
 _EXPERT_SIZE = r"moe_intermediate_size|expert_intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size"
 _SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size"
 _DENSE_SIZE = r"intermediate_size|dense_intermediate_size|ffn_hidden_size|\w+_dense_intermediate_size"
@@ -162,6 +163,9 @@ def scale_config(
             axis_of[key] = "width" if own_size else "expert_size"
     for key, axis in axis_of.items():
         values[key] = _scaled(values[key], ratio[axis], key, axis)
+    for key in present:
+        if re.fullmatch(_GROUPS, key) and new.num_experts % values[key]:
+            raise ShapeError(f"num_experts = {new.num_experts} does not divide into {key} = {values[key]} groups")
     if new.depth != old.depth:
         for key, value in values.items():
             if isinstance(value, list) and len(value) == old.depth:

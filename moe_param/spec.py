@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim", "fan_in", "fan_out")
-"""Exponents are of target/base ratios of these; fan_in and fan_out are the parameter's own, read off its matmul."""
+DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim", "fan_in", "fan_out", "units")
+"""Exponents are of target/base ratios of these. fan_in and fan_out are the parameter's own, read off its matmul; units
+is the length of a vector (a gain over head_dim, shared by all heads, keeps its gradient when the width grows)."""
 
 ROLES = (
     "embedding",

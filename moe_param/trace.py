@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -398,9 +398,17 @@ class _InitWatcher(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         op = func.overloadpacket.__name__
-        if not op.endswith("_") or not args or not isinstance(args[0], torch.Tensor):
+        if not args or not isinstance(args[0], torch.Tensor):
             return out
         values = [a for a in args[1:] if isinstance(a, (int, float))]
+        if op in ("mul", "div") and values and args[0] in self.laws:  # a copy at another scale, to be copied back
+            factor = values[0] if op == "mul" else 1 / values[0]
+            law = self.laws[args[0]]
+            if law.kind in ("normal", "uniform"):
+                self.laws[out] = replace(law, std=law.std * abs(factor))
+            return out
+        if not op.endswith("_"):
+            return out
         if op == "normal_":
             law = InitLaw("normal", std=float(values[1] if len(values) > 1 else kwargs.get("std", 1.0)))
             if values and values[0] != 0:
@@ -410,6 +418,8 @@ class _InitWatcher(TorchDispatchMode):
             law = InitLaw("uniform", std=(high - low) / 2 / math.sqrt(3)) if low == -high else InitLaw("special")
         elif op == "zero_":
             law = InitLaw("constant", value=0.0)
+        elif op == "copy_":
+            law = self.laws.get(args[1], InitLaw("special"))
         elif op == "fill_" and len(args) > 1 and isinstance(args[1], (int, float)):
             law = InitLaw("constant", value=float(args[1]))
         elif (op == "erfinv_" and self.laws.get(args[0], InitLaw("")).kind == "uniform") or (

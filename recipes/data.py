@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
-import logging
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
-
-logger = logging.getLogger(__name__)
 
 # Installed packages differ by machine, test suites are not in every distribution, codec tables are not text.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
@@ -49,9 +46,7 @@ class DataArguments:
 
     dataset: str = field(
         default="stdlib",
-        metadata={
-            "help": "'stdlib', or a Hub data set id or local folder as `datasets.load_dataset` takes it."
-        },
+        metadata={"help": "'stdlib', or a Hub data set id or local folder as `datasets.load_dataset` takes it."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of the data set."})
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
@@ -76,31 +71,21 @@ class DataArguments:
         default=None,
         metadata={"help": "Read while training, not up front. Default: yes for dataset, no for files."},
     )
-    shuffle_buffer: int = field(
-        default=10_000, metadata={"help": "Documents in the shuffle buffer of a stream."}
-    )
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of documents held out (not streaming)."}
-    )
-    validation_blocks: int = field(
-        default=256, metadata={"help": "Blocks to validate on, evenly spaced; 0 for all."}
-    )
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Documents in the shuffle buffer of a stream."})
+    validation_fraction: float = field(default=0.05, metadata={"help": "Share of documents held out (not streaming)."})
+    validation_blocks: int = field(default=256, metadata={"help": "Blocks to validate on, evenly spaced; 0 for all."})
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:
             raise InputError(f"seq_len is {self.seq_len}: the loss needs at least 2 tokens per block")
         if not 0 < self.validation_fraction < 1:
-            raise InputError(
-                f"validation_fraction is {self.validation_fraction}: expected a number between 0 and 1"
-            )
+            raise InputError(f"validation_fraction is {self.validation_fraction}: expected a number between 0 and 1")
         if self.train_files and self.dataset != "stdlib":
             raise InputError("dataset and train_files are both set: give one of them")
         if self.train_files and self.validation_split:
             raise InputError("validation_split is for dataset: with train_files give validation_files")
         if self.validation_files and not self.train_files:
-            raise InputError(
-                "validation_files is set without train_files: give both, or use validation_split"
-            )
+            raise InputError("validation_files is set without train_files: give both, or use validation_split")
 
 
 class Tokenizer(Protocol):
@@ -138,16 +123,12 @@ class HFTokenizer:
                 f"tokenizer {name!r} cannot be loaded ({reason}): give 'bytes', a Hub id or a folder"
             ) from error
         if self.hf.eos_token_id is None:
-            raise InputError(
-                f"tokenizer {name!r} has no eos_token to end documents with: set one and save it"
-            )
+            raise InputError(f"tokenizer {name!r} has no eos_token to end documents with: set one and save it")
         self.vocab_size = len(self.hf)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        ids = self.hf(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        ids = self.hf(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [np.array([*document, self.hf.eos_token_id], self.dtype) for document in ids]
 
 
@@ -158,12 +139,10 @@ def load_tokenizer(name: str) -> ByteTokenizer | HFTokenizer:
 class PackedDataset(Dataset[Block]):
     """Block i of a flat token array. Only an incomplete last block is left out."""
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, *, max_blocks: int = 0) -> None:
+    def __init__(self, tokens: np.ndarray, seq_len: int, *, max_blocks: int = 0, what: str = "training") -> None:
         blocks = len(tokens) // seq_len
         if blocks == 0:
-            raise InputError(
-                f"{len(tokens)} tokens do not fill one block: more text or seq_len below {seq_len}"
-            )
+            raise InputError(f"{len(tokens)} {what} tokens: less than a block, give more text or a smaller seq_len")
         self.tokens, self.seq_len = tokens, seq_len
         # Evenly spaced, so that a small validation set still sees the whole of the held-out text.
         chosen = min(max_blocks or blocks, blocks)
@@ -183,9 +162,7 @@ class PackedDataset(Dataset[Block]):
     def batches(self, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
         """Endless batches, every epoch in a new order that depends on the seed alone."""
         if len(self) < batch_size:
-            raise InputError(
-                f"{len(self)} blocks do not fill one batch: more text or batch_size below {batch_size}"
-            )
+            raise InputError(f"{len(self)} blocks do not fill one batch: more text or batch_size below {batch_size}")
         for epoch in itertools.count():
             order = np.random.default_rng((seed, epoch)).permutation(len(self))
             for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -231,15 +208,16 @@ def load_data(args: DataArguments, seed: int = 0) -> Data:
         if args.streaming:
             raise InputError("dataset 'stdlib' does not stream: leave streaming unset")
         train, validation = stdlib_tokens(tokenizer, args.validation_fraction)
-        name = "stdlib"
+        name, how = "stdlib", "by file"
     else:
         name = " ".join(args.train_files) if args.train_files else args.dataset
         if args.streaming if args.streaming is not None else not args.train_files:
             return _stream(args, tokenizer, name, seed)
-        train, validation = _local_tokens(args, tokenizer, name)
-    held_out = PackedDataset(validation, args.seq_len, max_blocks=args.validation_blocks)
+        train, validation, how = _local_tokens(args, tokenizer, name)
+    held_out = PackedDataset(validation, args.seq_len, max_blocks=args.validation_blocks, what="held-out")
     description = (
-        f"{name}: {len(train):,} tokens to train on, {len(held_out)} blocks of {len(validation):,} held out"
+        f"{name}: {len(train):,} tokens to train on, {len(validation):,} held out {how} "
+        f"({len(held_out)} blocks of them in use)"
     )
     return Data(PackedDataset(train, args.seq_len), held_out, tokenizer, description)
 
@@ -287,9 +265,7 @@ def column(rows: Iterable[dict[str, Any]], name: str, source: str) -> Iterator[s
             raise InputError(f"{source}: no column {name!r} (it has: {', '.join(row)}): set text_column")
         text = row[name]
         if text is not None and not isinstance(text, str):
-            raise InputError(
-                f"{source}: column {name!r} holds {type(text).__name__}, not text: set text_column"
-            )
+            raise InputError(f"{source}: column {name!r} holds {type(text).__name__}, not text: set text_column")
         if text:
             yield text
 
@@ -303,9 +279,7 @@ def _documents(args: DataArguments, files: list[str] | None, split: str) -> Any:
         paths = [path for pattern in files for path in _matches(pattern)]
         builders = {_builder(path) for path in paths}
         if len(builders) > 1:
-            raise InputError(
-                f"{' '.join(files)}: several kinds of file ({', '.join(sorted(builders))}): give one"
-            )
+            raise InputError(f"{' '.join(files)}: several kinds of file ({', '.join(sorted(builders))}): give one")
         builder = builders.pop()
         options = {"sample_by": "document"} if builder == "text" else {}
         try:
@@ -337,7 +311,9 @@ def _builder(path: str) -> str:
     return BUILDERS[suffixes[-1]]
 
 
-def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """(training tokens, validation tokens, how they were split)."""
+
     def read(files: list[str] | None, split: str) -> list[str]:
         texts = list(column(_documents(args, files, split), args.text_column, name))
         if not texts:
@@ -347,19 +323,17 @@ def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple
     def tokens(texts: list[str]) -> np.ndarray:
         return np.concatenate(list(encoded(texts, tokenizer)))
 
-    train = read(args.train_files, args.train_split)
+    texts = read(args.train_files, args.train_split)
     if args.validation_files or args.validation_split:
-        return tokens(train), tokens(read(args.validation_files, args.validation_split or args.train_split))
-    if len(train) >= FEW_DOCUMENTS:
-        held_out = [held_out_by_hash(text, args.validation_fraction) for text in train]
-        if any(held_out) and not all(held_out):
-            logger.info("%s: %d of %d documents held out for validation", name, sum(held_out), len(train))
-            kept = [text for text, out in zip(train, held_out) if not out]
-            return tokens(kept), tokens([text for text, out in zip(train, held_out) if out])
-    logger.info("%s: %d document(s), too few to split: the end of the text is held out", name, len(train))
-    flat = tokens(train)
+        separate = read(args.validation_files, args.validation_split or args.train_split)
+        return tokens(texts), tokens(separate), "as given"
+    held_out = [held_out_by_hash(text, args.validation_fraction) for text in texts]
+    if len(texts) >= FEW_DOCUMENTS and any(held_out) and not all(held_out):
+        train, validation = ([t for t, out in zip(texts, held_out) if out is side] for side in (False, True))
+        return tokens(train), tokens(validation), "by document"
+    flat = tokens(texts)
     cut = int(len(flat) * (1 - args.validation_fraction))
-    return flat[:cut], flat[cut:]
+    return flat[:cut], flat[cut:], f"at the end (too few documents to split: {len(texts)})"
 
 
 def _stream(args: DataArguments, tokenizer: ByteTokenizer | HFTokenizer, name: str, seed: int) -> Data:
@@ -379,7 +353,7 @@ def _stream(args: DataArguments, tokenizer: ByteTokenizer | HFTokenizer, name: s
             break
     if not taken:
         raise InputError(f"{name}: no text in it")
-    validation = PackedDataset(np.concatenate(taken), args.seq_len, max_blocks=args.validation_blocks)
+    validation = PackedDataset(np.concatenate(taken), args.seq_len, max_blocks=args.validation_blocks, what="held-out")
     train = source if separate else source.skip(rows)
     train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
     stream = PackedStream(train, args.text_column, tokenizer, args.seq_len)

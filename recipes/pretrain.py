@@ -53,39 +53,29 @@ USER_ERRORS = (
 class ModelArguments:
     """Which model, and from which base its hyperparameters come."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a config (instead of model_type)."}
-    )
-    model_type: str | None = field(
-        default=None, metadata={"help": "A transformers model type, e.g. mixtral."}
-    )
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a config (instead of model_type)."})
+    model_type: str | None = field(default=None, metadata={"help": "A transformers model type, e.g. mixtral."})
     overrides: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Config attributes to set; JSON on the command line."}
     )
     base_shape: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Shape the hyperparameters were found at, as changes to the config (JSON with any of width, "
-            "depth, num_experts, top_k, expert_size). Default: the config itself."
+            "help": "Shape the hyperparameters were found at, as changes to the config: JSON with any of "
+            "width, depth, num_experts, top_k, expert_size. Default: the config itself."
         },
     )
     target_shape: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Shape to train, likewise. Default: the config itself."}
     )
-    spec: str = field(
-        default="moe-completep", metadata={"help": "Parameterization: a preset or a YAML file."}
-    )
-    init_std: float | None = field(
-        default=None, metadata={"help": "Base initialization std. Default: the config's."}
-    )
+    spec: str = field(default="moe-completep", metadata={"help": "Parameterization: a preset or a YAML file."})
+    init_std: float | None = field(default=None, metadata={"help": "Base initialization std. Default: the config's."})
     constants: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Per-role constants, {role: {"init": c, "lr": c}}; JSON.'}
     )
     experts_implementation: str | None = field(
         default=None,
-        metadata={
-            "help": "transformers' experts backend (eager, grouped_mm, megablocks). Default: left to moe_param."
-        },
+        metadata={"help": "transformers' experts backend: eager, grouped_mm, megablocks. Default: moe_param's choice."},
     )
 
     def __post_init__(self) -> None:
@@ -107,9 +97,7 @@ class PretrainArguments(TrainingArguments):
     lr_scheduler_type: str = field(
         default="constant_with_warmup", metadata={"help": "Schedule; 'cosine' decays to zero."}
     )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up, or a share below 1."}
-    )
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of linear warm-up, or a share below 1."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
     adam_epsilon: float = field(
         default=1e-12, metadata={"help": "Epsilon of AdamW at the base shape; it is scaled per group."}
@@ -117,19 +105,37 @@ class PretrainArguments(TrainingArguments):
     max_grad_norm: float = field(
         default=0.0,
         metadata={
-            "help": "Clip the global gradient norm; 0 is off, as in the paper. The norm's size changes with the "
-            "shape, so a threshold found at one scale (Trainer's own default is 1.0) means another at the next."
+            "help": "Clip the global gradient norm; 0 is off, as in the paper. The norm changes with the shape, "
+            "so a threshold (Trainer's own default is 1.0) does not transfer from one shape to the next."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between logged training losses."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN and infinite losses in the log."}
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in the log."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to validate."})
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between validations."})
     save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory."}
+    )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+
+class MoETrainer(Trainer):
+    """Trainer whose checkpoints come back whole.
+
+    transformers writes experts in the layout of the family's published weights, but resumes with a plain,
+    non-strict `load_state_dict`: experts and routers would silently restart from their initialization
+    (huggingface/transformers#48805, open as of 5.23). `from_pretrained` converts them.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        model = model or self.model
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # these save and load the live layout
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -150,21 +156,24 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArgum
     known, rest = first.parse_known_args(argv)
     types = (ModelArguments, DataArguments, PretrainArguments)
     parser = HfArgumentParser(types, prog="python -m recipes.pretrain", parents=[first], allow_abbrev=False)
+    names = [f.name for cls in types for f in fields(cls) if f.init]
     if known.config:
         values = _read_yaml(known.config)
-        names = [f.name for cls in types for f in fields(cls) if f.init]
         for key in values:
             if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = (
-                    f", did you mean {near[0]!r}?"
-                    if near
-                    else ": python -m recipes.pretrain --help lists them"
-                )
-                raise InputError(f"{known.config}: unknown key {key!r}{hint}")
+                raise InputError(f"{known.config}: unknown key {key!r}{_nearest(key, names)}")
         parser.set_defaults(**values)
-    model_args, data_args, args, _ = parser.parse_args_into_dataclasses(rest, look_for_args_file=False)
+    model_args, data_args, args, _, unknown = parser.parse_args_into_dataclasses(
+        rest, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise InputError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), names)}")
     return model_args, data_args, args
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {near[0]!r}?" if near else ": see python -m recipes.pretrain --help"
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -189,7 +198,8 @@ def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedCon
     except (ValueError, OSError) as error:
         name = args.model or args.model_type
         raise InputError(f"no config for {name!r}: {str(error).splitlines()[0]}") from error
-    unknown = [key for key in args.overrides if not hasattr(type(config)(), key)]
+    declared = type(config)()  # head_dim: some families read it without declaring it
+    unknown = [key for key in args.overrides if key != "head_dim" and not hasattr(declared, key)]
     if unknown:
         raise InputError(f"overrides: {config.model_type} configs have no {', '.join(unknown)}")
     return _scaled(config, "base_shape", args.base_shape), _scaled(config, "target_shape", args.target_shape)
@@ -199,9 +209,7 @@ def _scaled(config: PretrainedConfig, name: str, shape: dict[str, Any]) -> Pretr
     axes = ("width", "depth", "num_experts", "top_k", "expert_size")
     unknown = [key for key in shape if key not in axes]
     if unknown:
-        raise InputError(
-            f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(axes)}"
-        )
+        raise InputError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(axes)}")
     return moe_param.scale_config(config, **shape)
 
 
@@ -210,8 +218,11 @@ def check(args: PretrainArguments) -> str | None:
     moe_param.check_schedule(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     default_optim = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
     if args.optim != default_optim:
+        raise InputError(f"optim is {args.optim!r}: this recipe trains with torch.optim.AdamW only, leave it unset")
+    if args.load_best_model_at_end:
         raise InputError(
-            f"optim is {args.optim!r}: this recipe trains with torch.optim.AdamW only, leave it unset"
+            "load_best_model_at_end would lose the experts (huggingface/transformers#48805): leave it unset and "
+            "load the checkpoint you want with from_pretrained"
         )
     if args.max_grad_norm > 0:
         logger.warning(
@@ -222,9 +233,7 @@ def check(args: PretrainArguments) -> str | None:
     output = Path(args.output_dir)
     checkpoint = get_last_checkpoint(str(output)) if output.is_dir() else None
     if args.resume:
-        logger.warning(
-            "resuming from %s", checkpoint or f"nothing: no checkpoint in {output}, starting afresh"
-        )
+        logger.warning("resuming from %s", checkpoint or f"nothing: no checkpoint in {output}, starting afresh")
         return checkpoint
     if checkpoint or (output / MetricsFile.name).exists():
         raise InputError(f"{output} holds a run already: --resume to go on, or another --output_dir")
@@ -238,8 +247,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     base, target = build_configs(model_args)
     if data.tokenizer.vocab_size > target.vocab_size:
         raise InputError(
-            f"tokenizer {data_args.tokenizer!r} has {data.tokenizer.vocab_size} ids, the model {target.vocab_size}: "
-            "set overrides.vocab_size"
+            f"tokenizer {data_args.tokenizer!r} has {data.tokenizer.vocab_size} ids, "
+            f"the model {target.vocab_size}: set overrides.vocab_size"
         )
 
     transformers.set_seed(args.seed)
@@ -260,11 +269,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(parameterization)
         print(f"{data.description}\n{target.model_type}: {total:,} parameters, {active:,} active per token")
 
-    tokens_per_step = (
-        args.train_batch_size * args.gradient_accumulation_steps * args.world_size * data_args.seq_len
-    )
+    tokens_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * data_args.seq_len
     metrics = MetricsFile(Path(args.output_dir), tokens_per_step)
-    trainer = Trainer(
+    trainer = MoETrainer(
         model,
         args,
         train_dataset=data.train,
@@ -304,9 +311,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         output = Path(args.output_dir)
         (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot_losses(output / MetricsFile.name, output / "loss.png")
-        print(
-            f"validation loss {summary['validation_loss']:.4f} after {summary['tokens']:,} tokens; see {output}/"
-        )
+        print(f"validation loss {summary['validation_loss']:.4f}, {summary['tokens']:,} tokens; see {output}/")
     return summary
 
 

@@ -6,19 +6,23 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import moe_param
 from moe_param import Parameterization
 
 
 def finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null stands for both."""
+    """`value` with null for NaN and infinity, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -54,10 +58,9 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            values = {key: finite(value) for key, value in logs.items()}
-            line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, **values}
+            line = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step, **logs}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
@@ -84,16 +87,9 @@ def active_parameters(parameterization: Parameterization) -> tuple[int, int]:
     return total, total - routed + routed * shape.top_k // shape.num_experts
 
 
-def versions(
-    packages: Iterable[str] = ("moe-param", "torch", "transformers", "accelerate"),
-) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    return {"python": platform.python_version(), "moe_param": moe_param.__version__, **packages}
 
 
 def hardware() -> str:

@@ -1,0 +1,75 @@
+"""Tiny real transformers models for the tests, and what a test needs to train them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
+"""Every family of transformers that uses the experts interface: its classes and a config that trains in seconds."""
+
+CORE = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "flex_olmo",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm4_moe",
+    "dots1",
+    "ernie4_5_moe",
+    "gpt_oss",
+    "granitemoe",
+    "minimax_m2",
+    "hunyuan_v1_moe",
+    "nemotron_h",
+    "jamba",
+)
+"""The families whose whole behaviour is tested here."""
+
+
+def classes(family: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
+    entry = FAMILIES[family]
+    import transformers
+
+    module = importlib.import_module(entry["module"])
+    config_class = getattr(transformers, entry["config_class"], None) or getattr(module, entry["config_class"])
+    return getattr(module, entry["model_class"]), config_class
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    _, config_class = classes(family)
+    return config_class(**{**FAMILIES[family]["tiny_config"], **changes})
+
+
+def build(family: str, config: PretrainedConfig | None = None, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    model_class, _ = classes(family)
+    torch.manual_seed(seed)
+    return model_class(config if config is not None else tiny_config(family, **changes))
+
+
+def tokens(vocab: int = 128, batch: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class KeepDouble(TorchFunctionMode):
+    """Norms and routers cast to float32 by themselves; under this mode float64 stays float64, so that two ways to
+    compute the same thing can be compared to 1e-9."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        double = bool(args) and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64
+        if double:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
