@@ -1,13 +1,35 @@
 """Hyperparameters of mixture-of-experts transformers that stay put across scale (arXiv:2601.20205)."""
 
-from moe_param.optim import OptimizerError, check_schedule
-from moe_param.parameterization import Parameterization, ParameterizationError, Rule, apply, plan
-from moe_param.roles import RoleError
-from moe_param.shape import Shape, ShapeError, scale_config
-from moe_param.spec import ScalingSpec, SpecError
-from moe_param.trace import StructureError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_param.optim import OptimizerError, check_schedule
+    from moe_param.parameterization import Parameterization, ParameterizationError, Rule, apply, plan
+    from moe_param.roles import RoleError
+    from moe_param.shape import Shape, ShapeError, scale_config
+    from moe_param.spec import ScalingSpec, SpecError
+    from moe_param.trace import StructureError
 
 __version__ = "0.1.0"
+
+# Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
+_HOMES = {
+    "OptimizerError": "optim",
+    "Parameterization": "parameterization",
+    "ParameterizationError": "parameterization",
+    "RoleError": "roles",
+    "Rule": "parameterization",
+    "ScalingSpec": "spec",
+    "Shape": "shape",
+    "ShapeError": "shape",
+    "SpecError": "spec",
+    "StructureError": "trace",
+    "apply": "parameterization",
+    "check_schedule": "optim",
+    "plan": "parameterization",
+    "scale_config": "shape",
+}
 
 __all__ = [
     "OptimizerError",
@@ -25,3 +47,15 @@ __all__ = [
     "plan",
     "scale_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

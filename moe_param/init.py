@@ -20,6 +20,9 @@ from moe_param.trace import InitLaw
 BLOCK = 2**20
 """Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""
 
+CHUNK = 2**16
+"""Numbers of a block drawn at once: they stay in a core's cache through the passes that a draw makes over them."""
+
 _RANDOM = ("normal", "uniform", "trunc_normal")
 
 
@@ -136,13 +139,14 @@ def _write_block(
 
 
 def _draw(block: torch.Tensor, law: InitLaw, generator: torch.Generator) -> None:
-    if law.kind == "normal":
-        block.normal_(0.0, law.std, generator=generator)
-    elif law.kind == "uniform":
-        half = law.std * math.sqrt(3)
-        block.uniform_(-half, half, generator=generator)
-    else:
-        torch.nn.init.trunc_normal_(block, std=law.std, a=-law.bound, b=law.bound, generator=generator)
+    for chunk in block.view(-1).split(CHUNK):
+        if law.kind == "normal":
+            chunk.normal_(0.0, law.std, generator=generator)
+        elif law.kind == "uniform":
+            half = law.std * math.sqrt(3)
+            chunk.uniform_(-half, half, generator=generator)
+        else:
+            torch.nn.init.trunc_normal_(chunk, std=law.std, a=-law.bound, b=law.bound, generator=generator)
 
 
 def derive(seed: int, name: str, start: int) -> int:

@@ -103,6 +103,8 @@ class Parameterization:
                 "shape": list(rule.shape),
                 "fan_in_ratio": rule.fan_in / rule.fan_in_base if rule.fan_in and rule.fan_in_base else None,
                 "init": _describe_init(rule.init),
+                "init_std": rule.init_std,
+                "constant": rule.constant,
                 "lr": rule.lr if rule.role not in UNTRAINED else None,
                 "eps": rule.eps if rule.role not in UNTRAINED else None,
                 "weight_decay": rule.weight_decay if rule.role not in UNTRAINED else None,

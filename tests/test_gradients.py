@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import moe_param
+from moe_param import ScalingSpec
 from tests.models import build, tiny_config, tokens
-from tests.test_scales import BASE, FAMILIES
+from tests.test_scales import BASE, FAMILIES, _Hashable, changed
 
 # The exponents of MATH.md's table of gradient scales, unfolded: {role: {axis: exponent}}; top_k follows num_experts.
 EXPECTED = {
@@ -27,7 +28,7 @@ EXPECTED = {
 
 
 @functools.cache
-def measured(family: str, axis: str, spec: str = "moe-completep") -> dict[str, tuple[float, float]]:
+def measured(family: str, axis: str, spec: str | ScalingSpec = "moe-completep") -> dict[str, tuple[float, float]]:
     """{role: (slope of the unfolded gradient's RMS after 2 steps, slope of the unfolded epsilon)}."""
     config = tiny_config(family, **BASE, **FAMILIES[family])
     shape = moe_param.Shape.from_config(config)
@@ -72,7 +73,8 @@ def test_gradients_scale_as_the_table_says(family: str, axis: str) -> None:
 
 
 def test_an_epsilon_that_does_not_scale_misses_the_gradient() -> None:
-    found = measured("mixtral", "width", "standard")
-    gradient, epsilon = found["expert_down"]
-    assert epsilon == 0.0
-    assert abs(gradient - epsilon) > 0.3
+    constant = _Hashable.of(changed("constant epsilon", **{role: {"eps": {}} for role in EXPECTED}))
+    found = measured("mixtral", "width", constant)
+    for role in ("embedding", "attention_out", "expert_down"):
+        gradient, epsilon = found[role]
+        assert abs(gradient - epsilon) > 0.3, found
