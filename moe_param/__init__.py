@@ -14,22 +14,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
-_HOMES = {
-    "OptimizerError": "optim",
-    "Parameterization": "parameterization",
-    "ParameterizationError": "parameterization",
-    "RoleError": "roles",
-    "Rule": "parameterization",
-    "ScalingSpec": "spec",
-    "Shape": "shape",
-    "ShapeError": "shape",
-    "SpecError": "spec",
-    "StructureError": "trace",
-    "apply": "parameterization",
-    "check_schedule": "optim",
-    "plan": "parameterization",
-    "scale_config": "shape",
+_NAMES = {
+    "optim": ("OptimizerError", "check_schedule"),
+    "parameterization": ("Parameterization", "ParameterizationError", "Rule", "apply", "plan"),
+    "roles": ("RoleError",),
+    "shape": ("Shape", "ShapeError", "scale_config"),
+    "spec": ("ScalingSpec", "SpecError"),
+    "trace": ("StructureError",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "OptimizerError",
@@ -50,9 +43,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

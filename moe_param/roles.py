@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moe_param.adapters import adapter_for
 from moe_param.shape import Shape, measure
 from moe_param.trace import InitLaw, StructureError, Trace, find_layers, is_experts, trace_model
 
@@ -85,8 +87,8 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         listing = "\n  ".join(unknown)
         raise RoleError(
             f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
-            "They are outside the decoder stack and not an embedding, a norm or the output head, or the forward pass "
-            "does not use them. Freeze them (requires_grad_(False) in the model's __init__) or remove them."
+            "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
+            "model's __init__), remove them, or give them a role in moe_param/adapters.yaml."
         )
     kinds = reader.kinds(parameters, config)
     return Structure(
@@ -97,6 +99,7 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
 class _Reader:
     def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
         self.trace = trace
+        self.adapter = adapter_for(model.config)
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.stack, layers = find_layers(model)
@@ -138,7 +141,11 @@ class _Reader:
             return self.norm_role(name)
         if owner in self.experts:
             return "expert_down" if leaf.startswith("down") else "expert_up"
-        if name not in self.trace.used or self.layer_of(name) is None:
+        relative = name if self.layer_of(name) is None else name[len(f"{self.stack}.{self.layer_of(name)}.") :]
+        for pattern, role in self.adapter.roles.items():
+            if re.fullmatch(pattern, relative):
+                return role
+        if name not in self.trace.used:
             return None
         if name not in self.trace.fan_in:
             return "other"  # vectors of a mixer: sinks, decays, scales
@@ -177,6 +184,8 @@ class _Reader:
 
     def ancestors(self, name: str) -> list[str]:
         """Modules that hold a parameter inside its decoder layer, innermost first, the layer itself left out."""
+        if self.layer_of(name) is None:
+            return []
         layer = f"{self.stack}.{self.layer_of(name)}"
         found = []
         owner = name.rpartition(".")[0]
@@ -232,8 +241,8 @@ class _Reader:
             role=role,
             shape=trace.shapes[name],
             law=trace.laws[name],
-            fan_in=trace.fan_in.get(name) if role != "embedding" else None,
-            fan_out=trace.fan_out.get(name) if role != "embedding" else None,
+            fan_in=self.fan(name, role, "fan_in"),
+            fan_out=self.fan(name, role, "fan_out"),
             of=self.role(weight) if weight is not None else None,
             offset=name in trace.offset_gains,
             layer=layer,
@@ -243,6 +252,17 @@ class _Reader:
             scaling=scaling,
             padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
         )
+
+    def fan(self, name: str, role: str, which: str) -> int | None:
+        if role in ("embedding", "bias"):
+            return None
+        seen = getattr(self.trace, which).get(name)
+        shape = self.trace.shapes[name]
+        if seen is not None or name in self.trace.used or len(shape) < 2:
+            return seen
+        # never run: (…, out, in), or (experts, in, out) where experts are transposed
+        transposed = getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False)
+        return shape[-2] if transposed == (which == "fan_in") else shape[-1]
 
     def kinds(self, parameters: dict[str, Info], config: PretrainedConfig) -> tuple[Any, ...]:
         types = getattr(config.get_text_config(), "layer_types", None)
@@ -256,7 +276,7 @@ class _Reader:
     def gaps(self) -> dict[str, str]:
         """Sites whose forward multiplier cannot be folded; an error only if the ratio of that axis is not 1."""
         gaps = {}
-        if not self.trace.plain_residual:
+        if not self.trace.plain_residual and self.adapter.residual is None:
             gaps["residual_branch"] = "the residual connection is not a plain identity"
         broken = [b for b in self.trace.branches if not b.homogeneous]
         if broken:

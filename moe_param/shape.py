@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moe_param.adapters import adapter_for
 from moe_param.trace import StructureError, Trace, find_layers, is_experts, model_class_for, trace_model
 
 
@@ -94,7 +95,7 @@ def measure(model: PreTrainedModel, trace: Trace) -> Shape:
 # Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
 # `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
 _WIDTH = r"hidden_size|d_model"
-_HEADS = r"(\w+_)?num_(\w+_)?heads|\w+_n_heads|n_heads"
+_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads"
 _RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_size"
 _DEPTH = r"num_hidden_layers"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
@@ -144,6 +145,9 @@ def scale_config(
     if new == old:
         return copy.deepcopy(config)
 
+    for axis, why in adapter_for(config).refuse.items():
+        if getattr(new, axis) != getattr(old, axis):
+            raise ShapeError(f"{type(config).__name__} cannot change {axis}: {why}")
     ratio = {name: Fraction(getattr(new, name), getattr(old, name)) for name in asked}
     values = config.to_dict()
     values.pop("moe_param", None)
@@ -164,16 +168,20 @@ def scale_config(
     for key, axis in axis_of.items():
         values[key] = _scaled(values[key], ratio[axis], key, axis)
     for key in present:
-        if re.fullmatch(_GROUPS, key) and new.num_experts % values[key]:
+        if re.fullmatch(_GROUPS, key) and values[key] and new.num_experts % values[key]:
             raise ShapeError(f"num_experts = {new.num_experts} does not divide into {key} = {values[key]} groups")
     if new.depth != old.depth:
         for key, value in values.items():
             if isinstance(value, list) and len(value) == old.depth:
                 values[key] = _repattern(value, new.depth, key)
+            elif key == "per_layer_config" and value:
+                given = {int(layer): entry for layer, entry in value.items()}
+                each = [given.get(layer) for layer in range(old.depth)]
+                values[key] = {str(i): v for i, v in enumerate(_repattern(each, new.depth, key)) if v is not None}
             elif re.fullmatch(_DEPTH, key):
                 values[key] = new.depth
-    scaled = type(config).from_dict(values)
     try:
+        scaled = type(config).from_dict(values)
         got = measure(*trace_model(model_class, scaled))
     except Exception as error:
         raise ShapeError(
@@ -215,6 +223,8 @@ def _whole(value: int, ratio: Fraction, key: str, axis: str) -> int:
 def _repattern(pattern: Sequence[Any], length: int, key: str) -> list[Any]:
     """Continues (or cuts) a per-layer list: `[s, f, s, f]` goes on alternating, `[d, m, m]` keeps one leading d."""
     items = list(pattern)
+    if items == list(range(len(items))):  # each layer names itself
+        return list(range(length))
     lead = 0
     while lead < len(items) and items[lead] == items[0]:
         lead += 1
@@ -223,10 +233,10 @@ def _repattern(pattern: Sequence[Any], length: int, key: str) -> list[Any]:
         for period in range(1, len(rest) // 2 + 1):
             if all(rest[i] == rest[i - period] for i in range(period, len(rest))):
                 return (items[:start] + [rest[i % period] for i in range(max(length, start) - start)])[:length]
+    if len(items) - lead == 1 and "mlp" in key:  # [dense, sparse]: a leading dense layer, not an alternation
+        return (items[:lead] + items[lead:] * max(1, length - lead))[:length]
     if length % len(items) == 0:
         return items * (length // len(items))
-    if len(items) - lead == 1 and length > lead:  # one other layer at the end: repeat it
-        return items[:lead] + items[lead:] * (length - lead)
     raise ShapeError(
         f"the layer pattern {key} = {items} has no period, so it cannot be made {length} long: "
         f"use a multiple of {len(items)} layers, or pass a config with the pattern you want"

@@ -27,6 +27,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from moe_param.adapters import adapter_for
+
 # What the decorator `transformers.integrations.use_experts_implementation` leaves on every experts module.
 EXPERTS_MARKS = ("has_gate", "is_transposed", "has_bias", "is_concatenated", "num_experts")
 
@@ -41,6 +43,8 @@ class Flow:
 
     degrees: parameter name -> degree; the tensor scales by c**degree when these parameters are scaled by c together.
         Empty: not homogeneous in any parameter (after a nonlinearity or a normalization).
+    upstream: the degrees one weight earlier: an equally good answer, needed where a branch and its own convolution
+        are added up.
     weight: computed from parameters alone.
     offset: a constant was added to a parameter (gains of the form 1 + w).
     stream: the residual stream itself.
@@ -51,6 +55,7 @@ class Flow:
     """
 
     degrees: tuple[tuple[str, float], ...] = ()
+    upstream: tuple[tuple[str, float], ...] = ()
     weight: bool = False
     offset: bool = False
     stream: bool = False
@@ -204,8 +209,9 @@ _NORMS = {"native_layer_norm": (2, 3), "_fused_rms_norm": (2, None), "native_gro
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, normed_stream: bool = False) -> None:
         super().__init__()
+        self.normed_stream = normed_stream
         self.trace = Trace()
         self.flows: Any = WeakTensorKeyDictionary()
         # Written in place (copies into an empty tensor): found by storage, which is kept alive so that its
@@ -232,8 +238,13 @@ class _Watcher(TorchDispatchMode):
     # -- the rules ---------------------------------------------------------------------------------------------
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        # Sizes that depend on data (masks of sparse attention): as if every mask were true everywhere.
+        if name == "nonzero":
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
+        if name == "index":
+            args = (args[0], [_all_true(i) for i in args[1]])
+        out = func(*args, **kwargs)
         in_place = name.endswith("_") and not name.endswith("__")
         op = name[:-1] if in_place else name
         operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
@@ -253,7 +264,7 @@ class _Watcher(TorchDispatchMode):
         elif op in _ROOTS:
             flow = _power(known[0][1], _ROOTS[op], op)
         elif op == "linalg_vector_norm":
-            flow = Flow(known[0][1].degrees, tags=known[0][1].tags)
+            flow = replace(known[0][1], stream=False, qk=None)
         elif op == "embedding":
             self.trace.embeddings.update(known[0][1].names)
             flow = Flow(known[0][1].degrees)
@@ -273,10 +284,7 @@ class _Watcher(TorchDispatchMode):
             tags |= {op}
         stream = [f for f in flows if f.stream]
         if stream:
-            if op not in (
-                "add",
-                "sub",
-            ):  # rearrangements keep the stream; joining it with something else does not
+            if op not in ("add", "sub"):  # rearranging keeps the stream, joining it with something else does not
                 plain = len(flows) == len(stream)
                 return Flow(stream=plain, scaled=any(f.scaled for f in stream), tags=tags)
             for flow in flows:
@@ -284,18 +292,12 @@ class _Watcher(TorchDispatchMode):
                     homogeneous = bool(flow.degrees) and all(d == 1.0 for _, d in flow.degrees)
                     self.trace.branches.append(Branch(self.layer, flow.names, flow.inner, homogeneous))
             return Flow(stream=True, scaled=any(f.scaled for f in stream))
-        if any(not f.degrees and not f.weight for f in flows):
-            degrees: tuple[tuple[str, float], ...] = ()
-        else:
-            merged: dict[str, float] = {}
-            for flow in flows:
-                merged.update(flow.degrees)
-            degrees = tuple(merged.items())
         weight = all(f.weight for f in flows)
         offset = weight and ((op == "add" and scalar) or any(f.offset for f in flows))
         qk = next((f.qk for f in flows if f.qk), None)
         inner = tuple(dict.fromkeys(name for f in flows for name in f.inner))
-        return Flow(degrees, weight=weight, offset=offset, inner=inner, tags=tags, qk=qk)
+        degrees, upstream = _joint(flows)
+        return Flow(degrees, upstream, weight=weight, offset=offset, inner=inner, tags=tags, qk=qk)
 
     def multiply(self, op: str, args: Any) -> Flow:
         bias = args[0] if op in ("addmm", "baddbmm", "addbmm") else (args[2] if op == "convolution" else None)
@@ -305,7 +307,7 @@ class _Watcher(TorchDispatchMode):
             known = a or b or self.flow(bias) or Flow()
             if known.stream and op in ("mul", "div"):
                 return Flow(stream=True, scaled=True, tags=known.tags)
-            return Flow(known.degrees, weight=known.weight, inner=known.inner, tags=known.tags, qk=known.qk)
+            return replace(known, offset=False, stream=False)
         if a.weight and b.weight:
             return Flow(_merge(a.degrees, b.degrees, 1.0), weight=True, offset=a.offset or b.offset)
         if a.weight or b.weight:
@@ -313,25 +315,34 @@ class _Watcher(TorchDispatchMode):
             contraction = op in _CONTRACTIONS
             if contraction:
                 self.record_fans(op, weight, left, right, a.weight)
-            elif not act.degrees and "rsqrt" in act.tags and not act.stream:
+            elif not act.degrees and "rsqrt" in act.tags:
                 self.trace.gains.update(weight.names)
                 if weight.offset:
                     self.trace.offset_gains.update(weight.names)
             if not weight.degrees:  # a weight behind a nonlinearity (a gate, a decay): a constant for our purpose
-                return Flow(act.degrees, stream=act.stream, scaled=act.stream, inner=act.inner, tags=act.tags)
+                return replace(act, scaled=act.stream, qk=None)
             degrees = weight.degrees
             bias_flow = self.flow(bias)
             if bias_flow is not None and bias_flow.weight:
                 degrees = _merge(degrees, bias_flow.degrees, 0.0)
             if contraction:
-                return Flow(degrees)
-            return Flow(degrees, stream=act.stream, scaled=act.stream, inner=act.inner, tags=act.tags)
-        degrees = _merge(a.degrees, b.degrees, -1.0 if op == "div" else 1.0)
+                return Flow(degrees, act.degrees)
+            return Flow(degrees, act.degrees, stream=act.stream, scaled=act.stream, inner=act.inner, tags=act.tags)
+        if a.stream != b.stream and op != "div":  # streams mixed by activations (hyper-connections)
+            factor = b if a.stream else a
+            normalizes = "rsqrt" in factor.tags
+            if not factor.degrees and (not normalizes or self.normed_stream):
+                return Flow(stream=True, scaled=True, tags=frozenset({"rsqrt"}) if normalizes else frozenset())
+        tags = a.tags | b.tags
+        if op == "div" or set(a.names) & set(b.names):  # a normalization: degrees cancel
+            degrees = _merge(a.degrees, b.degrees, -1.0 if op == "div" else 1.0)
+            return Flow(degrees, inner=a.inner + b.inner if degrees else a.names + a.inner, tags=tags)
         qk = None
         if op in _CONTRACTIONS and a.degrees and b.degrees:
             qk = (a.names, b.names, int(left.shape[-1]))
-        inner = a.inner + b.inner if degrees else a.names or a.inner
-        return Flow(degrees, inner=inner, tags=a.tags | b.tags, qk=qk)
+        # Linear in each factor: either will do, and matrices come before scales.
+        lead = max((a, b), key=lambda f: max((len(self.trace.shapes[n]) for n in f.names), default=0))
+        return Flow(lead.degrees, lead.upstream, inner=lead.inner, tags=tags, qk=qk)
 
     def record_fans(self, op: str, weight: Flow, left: Any, right: Any, weight_left: bool) -> None:
         tensor = left if weight_left else right
@@ -350,17 +361,23 @@ class _Watcher(TorchDispatchMode):
         gain = self.flow(args[gain_at]) if len(args) > gain_at else None
         bias = self.flow(args[bias_at]) if bias_at is not None and len(args) > bias_at else None
         if gain is None:
-            return Flow(inner=flow.names, tags=flow.tags | {"rsqrt"})
+            return Flow(inner=flow.names + flow.inner, tags=flow.tags | {"rsqrt"})
         self.trace.gains.update(gain.names)
         if gain.offset:
             self.trace.offset_gains.update(gain.names)
-        return Flow(_merge(gain.degrees, bias.degrees if bias else (), 0.0), inner=flow.names, tags=flow.tags)
+        degrees = _merge(gain.degrees, bias.degrees if bias else (), 0.0)
+        return Flow(degrees, inner=flow.names + flow.inner, tags=flow.tags)
 
     def softmax(self, flows: list[Flow]) -> None:
         for flow in flows:
             if flow.qk is not None:
                 self.trace.attentions.append(Attention(self.layer, *flow.qk))
                 return
+
+
+def _all_true(index: torch.Tensor | None) -> torch.Tensor | None:
+    masks = index is not None and index.dtype == torch.bool and index.dim() == 1
+    return torch.arange(len(index), device=index.device) if masks and index is not None else index
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -379,6 +396,20 @@ def _merge(
     for name, degree in b:
         merged[name] = degree if sign == 0.0 else merged.get(name, 0.0) + sign * degree
     return tuple((name, degree) for name, degree in merged.items() if degree)
+
+
+def _joint(flows: list[Flow]) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
+    """(degrees, upstream) of a sum. Where one term is another one behind a further weight, the common origin."""
+    if any(not f.degrees and not f.weight for f in flows):
+        return (), ()
+    origins = [f.degrees for f in flows]
+    merged: dict[str, float] = {}
+    for flow in flows:
+        merged.update(flow.upstream if flow.upstream in origins else flow.degrees)
+    upstream: dict[str, float] = {}
+    for flow in flows:
+        upstream.update(flow.upstream)
+    return tuple(merged.items()), tuple(upstream.items())
 
 
 def _power(flow: Flow, exponent: float, op: str) -> Flow:
@@ -529,13 +560,12 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
             model = model_class(config)
         model.eval()
         _, layers = find_layers(model)
-        watcher = _Watcher(model)
+        watcher = _Watcher(model, adapter_for(config).normed_stream)
         trace = watcher.trace
         for name, parameter in model.named_parameters():
             trace.shapes[name] = tuple(parameter.shape)
             trace.laws[name] = inits.laws.get(parameter, InitLaw("special"))
-        model.set_attn_implementation("eager")
-        model.set_experts_implementation("batched_mm")
+        _use_plain_implementations(model)
         _hook(model, layers, watcher)
         try:
             with torch.no_grad(), watcher:
@@ -551,6 +581,18 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
             last = watcher.flow(getattr(out, "last_hidden_state", None))
             trace.logits_from = last.names if last is not None else ()
     return model, trace
+
+
+def _use_plain_implementations(model: nn.Module) -> None:
+    """Attention with a softmax to see, and experts that run on fake tensors.
+
+    Set where modules read it: transformers' setters do nothing for classes defined outside its own files.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config._attn_implementation_internal = "eager"
+            config._experts_implementation_internal = "batched_mm"
 
 
 def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from moe_param import Shape, ShapeError, StructureError, scale_config
-from tests.models import CORE, build, classes, tiny_config, tokens
+from tests.models import CORE, build, tiny_config, tokens
 
 # What a family calls its sizes, from its configuration file: experts, top_k, expert size, then what scales with width
 # besides hidden_size and the two head counts, what scales with expert size besides itself, and the head dimension.

@@ -1,0 +1,211 @@
+"""`moe-param`: the command line. What is heavy is imported inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from moe_param.parameterization import Parameterization
+
+AXES = ("width", "depth", "num_experts", "top_k", "expert_size")
+
+app = typer.Typer(
+    name="moe-param", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
+)
+
+
+@app.callback()
+def _program() -> None:
+    """Hyperparameters of mixture-of-experts transformers that stay put across scale."""
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="Folder of a checkpoint, path of a config.json, id on the Hub, or a transformers model type "
+            "(`mixtral`: its default config).",
+        ),
+    ],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape the hyperparameters were found at: `width=512,depth=8,num_experts=8,top_k=2,expert_size=1024` "
+            "(sizes that are not given stay the config's; top_k follows num_experts), or a config as above. "
+            "Not needed for a model that is parameterized already."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Shape to train, given like --base. Default: the config as it is.")
+    ] = None,
+    spec: Annotated[
+        str | None, typer.Option(help="Parameterization: a preset or a YAML file. Default: moe-completep.")
+    ] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="Std of the base's random initialization. Default: transformers' own.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="One line per parameter, not per role and rule.")] = False,
+    allow_sparsity_change: Annotated[
+        bool, typer.Option("--allow-sparsity-change", help="Let top_k / num_experts differ from the base's.")
+    ] = False,
+) -> None:
+    """Shows what the parameterization does to every parameter: initialization, learning rate, epsilon, decay.
+
+    Works from configs alone: no weights are loaded or built, so a model of any size is explained in seconds.
+    """
+    with _errors():
+        config = _load_config(model)
+        options = {"--target": target, "--spec": spec, "--init-std": init_std}
+        given = [name for name, value in options.items() if value is not None]
+        if base is not None:
+            parameterization = _plan(config, base, target, spec or "moe-completep", init_std, allow_sparsity_change)
+        elif getattr(config, "moe_param", None) is None:
+            raise ValueError(
+                f"{model} is not parameterized yet: give the shape its hyperparameters were found at, "
+                "for example --base width=512,depth=8"
+            )
+        elif given or allow_sparsity_change:
+            raise ValueError(
+                f"{given[0] if given else '--allow-sparsity-change'} needs --base: without it, what is recorded in "
+                f"the config of {model} is shown"
+            )
+        else:
+            from moe_param.parameterization import Parameterization
+
+            parameterization = Parameterization.from_dict(config.moe_param)
+        _show(parameterization, config, recorded=base is None, as_json=as_json, full=full)
+
+
+def _plan(
+    config: PretrainedConfig,
+    base: str,
+    target: str | None,
+    spec: str,
+    init_std: float | None,
+    allow_sparsity_change: bool,
+) -> Parameterization:
+    from moe_param.parameterization import plan
+    from moe_param.trace import model_class_for
+
+    return plan(
+        model_class_for(config),
+        _scaled(config, "--target", target) if target is not None else config,
+        _scaled(config, "--base", base),
+        spec=spec,
+        init_std=init_std,
+        allow_sparsity_change=allow_sparsity_change,
+    )
+
+
+def _scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfig:
+    """The config that `--base` or `--target` means: sizes to change in `config`, or another config."""
+    from moe_param.shape import ShapeError, scale_config
+
+    if "=" not in text or Path(text).exists():
+        return _load_config(text)
+    sizes: dict[str, Any] = {}
+    for item in text.split(","):
+        key, _, value = (part.strip() for part in item.partition("="))
+        if key not in AXES:
+            raise ValueError(f"{option}: unknown size {key!r}{_nearest(key, AXES)}")
+        if key in sizes:
+            raise ValueError(f"{option}: {key} is given twice")
+        try:
+            sizes[key] = int(value)
+        except ValueError:
+            raise ValueError(f"{option}: {key} must be a whole number, got {value!r}") from None
+    try:
+        return scale_config(config, **sizes)
+    except ShapeError as error:
+        raise ShapeError(f"{option}: {error}") from error
+
+
+def _load_config(source: str) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    path = Path(source)
+    if not path.exists():
+        if source in CONFIG_MAPPING:
+            return AutoConfig.for_model(source)
+        if source.count("/") != 1 or path.suffix == ".json":  # not an id on the Hub either
+            raise ValueError(f"no file, folder or model type {source!r}{_nearest(source, tuple(CONFIG_MAPPING))}")
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"the folder {source} holds no config.json")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # every family's config class has its own ways to refuse a file
+        raise ValueError(f"no config can be read from {source}: {error}") from error
+
+
+def _nearest(name: str, valid: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    if close:
+        return f" (did you mean {close[0]!r}?)"
+    return f" (valid: {', '.join(valid)})" if len(valid) < 10 else ""
+
+
+def _show(
+    parameterization: Parameterization, config: PretrainedConfig, *, recorded: bool, as_json: bool, full: bool
+) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    rows = parameterization.rows(full)
+    if as_json:
+        document: dict[str, Any] = {
+            "model_type": config.model_type,
+            "spec": parameterization.spec.name,
+            "recorded": recorded,
+            "base_shape": asdict(parameterization.base_shape),
+            "shape": asdict(parameterization.shape),
+            "init_std": parameterization.init_std,
+            "rows": rows,
+        }
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    if console.is_terminal:
+        console.print(parameterization.rich_table(full, narrow=not full and console.width < 140))
+    else:
+        typer.echo(parameterization.table(full))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line on stderr and exit code 2 for what the user can put right; a bug keeps its traceback."""
+
+    def say(kind: str, message: object) -> None:
+        typer.echo(f"moe-param: {kind}: {' '.join(str(message).split())}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say("warning", message)
+        try:
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            yield
+        except (ValueError, OSError) as error:  # the errors of moe_param are ValueErrors
+            say("error", error)
+            raise typer.Exit(2) from error
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

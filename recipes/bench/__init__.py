@@ -1,0 +1,1 @@
+"""Measurements of what `moe_param` costs."""

@@ -1,0 +1,272 @@
+"""What moe_param costs: a training step, `apply`, and the import, each against transformers doing the same.
+
+    python -m recipes.bench.overhead --out overhead.json
+
+Everything is a ratio of runs that alternate with each other, so that a busy machine slows both sides alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.optimization import get_constant_schedule_with_warmup
+
+import moe_param
+from recipes.report import hardware, versions
+
+
+DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
+
+
+def config(width: int, depth: int, expert_size: int, vocab_size: int) -> MixtralConfig:
+    return MixtralConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        intermediate_size=expert_size,
+        num_attention_heads=max(4, width // 64),
+        num_key_value_heads=max(4, width // 64),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=vocab_size,
+        use_cache=False,
+    )
+
+
+def base_of(target: MixtralConfig) -> moe_param.Shape:
+    """A base at which everything is scaled: a quarter of the width, half the depth, the experts and their size."""
+    return moe_param.Shape(
+        width=target.hidden_size // 4,
+        depth=target.num_hidden_layers // 2,
+        num_experts=4,
+        top_k=1,
+        expert_size=target.intermediate_size // 2,
+    )
+
+
+def compare(measure: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds per name and round; every round runs all names, each time beginning with another one."""
+    seconds: dict[str, list[float]] = {name: [] for name in measure}
+    names = list(measure)
+    for i in range(rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            seconds[name].append(measure[name]())
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> dict[str, Any]:
+    """The median over rounds of ours / theirs, its quartiles, and both medians."""
+    ratios = [a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    medians = {name: round(statistics.median(seconds[name]), 4) for name in (ours, theirs)}
+    return {
+        "ratio": round(statistics.median(ratios), 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "rounds": len(ratios),
+        "median_seconds": medians,
+    }
+
+
+# -- a training step -------------------------------------------------------------------------------------------------
+def bench_step(smallest: bool) -> list[dict[str, Any]]:
+    """Forward, backward, optimizer and schedule of one model under optimizers that Trainer itself has built.
+
+    "stock" is what a plain Trainer makes (decay and no decay), twice, to show what the noise is; "ours" is Trainer
+    with our factory. All three train the same weights in turns.
+    """
+    rounds = 2 if smallest else 60
+    target = config(64, 2, 64, 128) if smallest else config(512, 4, 768, 8192)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(target)
+    parameterization = moe_param.apply(model, base_of(target), seed=0, experts=None)
+    factory = parameterization.optimizer_factory(torch.optim.AdamW)
+    ids = torch.randint(target.vocab_size, (4, 16 if smallest else 128))
+
+    with tempfile.TemporaryDirectory() as folder:
+        # A tiny rate: three optimizers share the weights, and none should lead them anywhere.
+        arguments = TrainingArguments(folder, learning_rate=1e-6, weight_decay=0.1, use_cpu=True, report_to=[])
+        numbers = {"lr": 1e-6, "eps": 1e-8, "weight_decay": 0.1, "fused": True}  # fused: as Trainer's default
+        optimizers = {
+            "stock": Trainer(model, arguments).create_optimizer(),
+            "stock again": Trainer(model, arguments).create_optimizer(),
+            "ours": Trainer(model, arguments, optimizer_cls_and_kwargs=(factory, numbers)).create_optimizer(),
+        }
+    schedules = {name: get_constant_schedule_with_warmup(optimizer, 10) for name, optimizer in optimizers.items()}
+
+    def step(name: str) -> float:
+        start = time.perf_counter()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizers[name].step()
+        schedules[name].step()
+        optimizers[name].zero_grad()
+        return time.perf_counter() - start
+
+    measure = {name: lambda name=name: step(name) for name in optimizers}
+    compare(measure, 1 if smallest else 5)  # the first steps allocate
+    seconds = compare(measure, rounds)
+    details = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "groups": {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()},
+        "noise": ratio(seconds, "stock again", "stock")["ratio"],
+    }
+    return [{"name": "training step", "target": 1.01, **ratio(seconds, "ours", "stock"), **details}]
+
+
+# -- apply -----------------------------------------------------------------------------------------------------------
+def bench_apply(smallest: bool) -> list[dict[str, Any]]:
+    """`apply` against transformers' own initialization, on the same weights, in a fresh process each round."""
+    results = []
+    for threads in (1,) if smallest else (os.cpu_count() or 1, 1):
+        runs = [_apply_in_process(smallest, threads, first=i % 2) for i in range(1 if smallest else 5)]
+        seconds = {name: [run[name] for run in runs] for name in ("apply", "initialize_weights", "from_config")}
+        what = f"{threads} thread{'s' if threads > 1 else ''}"
+        results.append(
+            {
+                "name": f"apply, {what}",
+                "target": 1.0,
+                **ratio(seconds, "apply", "initialize_weights"),
+                "parameters": runs[0]["parameters"],
+                "from_config_seconds": round(statistics.median(seconds["from_config"]), 4),
+            }
+        )
+        peaks = [run["peak"] / run["model_bytes"] for run in runs]
+        results.append({"name": f"peak memory, {what}", "target": 1.1, "ratio": round(max(peaks), 4)})
+    return results
+
+
+def _apply_in_process(smallest: bool, threads: int, first: int) -> dict[str, float]:
+    """One run of `_apply_worker`; on Linux only, for the memory is read from /proc."""
+    command = [sys.executable, "-m", "recipes.bench.overhead", "--worker", str(first)]
+    done = subprocess.run(
+        [*command, "--smallest"] if smallest else command,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _apply_worker(smallest: bool, first: int) -> dict[str, float]:
+    """Both initializations of one model, in either order: once each, with everything they do on a first call."""
+    target = config(64, 2, 64, 128) if smallest else config(1024, 12, 2816, 32000)
+    before = _memory("VmRSS")
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_config(target, dtype=torch.float32)
+    run = {"from_config": time.perf_counter() - start}
+    run["parameters"] = sum(p.numel() for p in model.parameters())
+    run["model_bytes"] = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+
+    def ours() -> None:
+        moe_param.apply(model, base_of(target), seed=0, experts=None)
+
+    def theirs() -> None:
+        _reinitialize(model)
+
+    both = [("apply", ours), ("initialize_weights", theirs)]
+    for name, initialize in both[::-1] if first else both:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        start = time.perf_counter()
+        initialize()
+        run[name] = time.perf_counter() - start
+        if name == "apply":
+            run["peak"] = _memory("VmHWM") - before
+    return run
+
+
+def _reinitialize(model: PreTrainedModel) -> None:
+    """What `from_config` runs after construction, once more, on memory that is already there."""
+    for module in model.modules():
+        module._is_hf_initialized = False
+    probe = model.get_output_embeddings().weight
+    value = probe[0, 0].item()
+    model.initialize_weights()
+    assert probe[0, 0].item() != value, "transformers did not write the weights again"
+
+
+def _memory(key: str) -> int:
+    """Bytes of this process: VmRSS now, VmHWM at its peak."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024
+
+
+# -- import ----------------------------------------------------------------------------------------------------------
+BARE = "import torch, transformers"
+LOOP = f"{BARE}; from transformers import AutoModelForCausalLM"
+TRAINER = f"{LOOP}, Trainer"
+ALL = "from moe_param import *"
+
+
+def bench_import(smallest: bool) -> list[dict[str, Any]]:
+    """Fresh interpreters. transformers loads its parts on first use, and so do we: the first line compares the two
+    imports as they stand, the others both with everything loaded that training needs."""
+    statements = {BARE: f"{BARE}, moe_param", LOOP: f"{LOOP}; {ALL}", TRAINER: f"{TRAINER}; {ALL}"}
+    everything = [*statements, *statements.values()]
+    measure = {code: lambda code=code: _python(code) for code in everything}
+    compare(measure, 1)  # writes bytecode, fills the file cache
+    seconds = compare(measure, 1 if smallest else 11)
+    return [
+        {"name": f"import: {ours}", "target": 1.05, **ratio(seconds, ours, theirs)}
+        for theirs, ours in statements.items()
+    ]
+
+
+def _python(code: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    return time.perf_counter() - start
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+BENCHES = {"step": bench_step, "apply": bench_apply, "import": bench_import}
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(prog="python -m recipes.bench.overhead", description=DESCRIPTION)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument("--only", choices=BENCHES, nargs="+", default=list(BENCHES), help="default: all")
+    parser.add_argument("--smallest", action="store_true", help="tiny models, one round: tries the code, not the times")
+    parser.add_argument("--worker", type=int, choices=(0, 1), help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    if arguments.worker is not None:
+        run = _apply_worker(arguments.smallest, arguments.worker)
+        print(json.dumps(run))
+        return run
+    results = []
+    for name in arguments.only:
+        for result in BENCHES[name](arguments.smallest):
+            result["passed"] = result["ratio"] <= result["target"]
+            results.append(result)
+            print(f"{result['ratio']:.3f}  (target {result['target']:.2f})  {result['name']}", flush=True)
+    report = {
+        "command": shlex.join(["python", "-m", "recipes.bench.overhead", *(sys.argv[1:] if argv is None else argv)]),
+        "hardware": hardware(),
+        "versions": versions(),
+        "smallest": arguments.smallest,
+        "results": results,
+    }
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return report
+
+
+if __name__ == "__main__":
+    main()
