@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import os
@@ -19,9 +18,6 @@ from moe_param.trace import InitLaw
 
 BLOCK = 2**20
 """Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""
-
-CHUNK = 2**16
-"""Numbers of a block drawn at once: they stay in a core's cache through the passes that a draw makes over them."""
 
 _RANDOM = ("normal", "uniform", "trunc_normal")
 
@@ -55,18 +51,19 @@ def initialize(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | N
 
     Threads share the work: blocks are independent, so their order does not matter.
     """
-    parameters = dict(model.named_parameters())
+    places = {name: _local(p.detach()) for name, p in model.named_parameters()}  # raises before the first write
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     special = [name for name, (law, _) in laws.items() if law.kind == "special"]
-    _write_special(model, {name: laws[name][0] for name in special}, seed)
+    _write_special(model, {name: laws[name][0] for name in special}, places, seed)
     threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     jobs: list[tuple[Any, ...]] = []
     for name, (law, _) in laws.items():
-        tensor = parameters[name].detach()
-        local, offset = _local(tensor)
+        local, offset = places[name]
         if law.kind == "constant":
             local.fill_(law.value)
         elif law.kind in _RANDOM:
-            jobs.extend((name, law, local, tensor.shape, offset, rows) for rows in _blocks(tensor.shape, local, offset))
+            shape = shapes[name]
+            jobs.extend((name, law, local, shape, offset, rows) for rows in _blocks(shape, local, offset))
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread a block: the pool is the parallelism
     try:
@@ -76,7 +73,7 @@ def initialize(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | N
         torch.set_num_threads(before)
     for name, (law, padding) in laws.items():
         if padding is not None and law.kind in _RANDOM:
-            local, offset = _local(parameters[name].detach())
+            local, offset = places[name]
             if 0 <= padding - offset[0] < local.shape[0]:
                 local[padding - offset[0]] = 0.0
 
@@ -139,14 +136,13 @@ def _write_block(
 
 
 def _draw(block: torch.Tensor, law: InitLaw, generator: torch.Generator) -> None:
-    for chunk in block.view(-1).split(CHUNK):
-        if law.kind == "normal":
-            chunk.normal_(0.0, law.std, generator=generator)
-        elif law.kind == "uniform":
-            half = law.std * math.sqrt(3)
-            chunk.uniform_(-half, half, generator=generator)
-        else:
-            torch.nn.init.trunc_normal_(chunk, std=law.std, a=-law.bound, b=law.bound, generator=generator)
+    if law.kind == "normal":
+        block.normal_(0.0, law.std, generator=generator)
+    elif law.kind == "uniform":
+        half = law.std * math.sqrt(3)
+        block.uniform_(-half, half, generator=generator)
+    else:
+        torch.nn.init.trunc_normal_(block, std=law.std, a=-law.bound, b=law.bound, generator=generator)
 
 
 def derive(seed: int, name: str, start: int) -> int:
@@ -155,7 +151,12 @@ def derive(seed: int, name: str, start: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _write_special(model: PreTrainedModel, laws: Mapping[str, InitLaw], seed: int) -> None:
+def _write_special(
+    model: PreTrainedModel,
+    laws: Mapping[str, InitLaw],
+    places: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]],
+    seed: int,
+) -> None:
     """Parameters with an initialization of their own (decays, time steps): transformers' own code, seeded by name.
 
     Each runs on a copy of its module on the CPU, so that neither order nor device decides the values.
@@ -163,9 +164,8 @@ def _write_special(model: PreTrainedModel, laws: Mapping[str, InitLaw], seed: in
     for name, law in laws.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if isinstance(getattr(module, leaf), DTensor):
-            raise WeightsError(f"{name} has an initialization of its own and is sharded: call apply before sharding")
-        twin = copy.copy(module)
+        twin = object.__new__(type(module))  # copy.copy would run __init__ on modules that fully_shard took over
+        twin.__dict__.update(module.__dict__)
         twin._parameters = {
             key: None if p is None else _unmarked(p, key == leaf) for key, p in module._parameters.items()
         }
@@ -173,10 +173,13 @@ def _write_special(model: PreTrainedModel, laws: Mapping[str, InitLaw], seed: in
             torch.manual_seed(derive(seed, name, 0))
             model._init_weights(twin)
         values = getattr(twin, leaf).detach()
-        getattr(module, leaf).detach().copy_(values if law.std in (0.0, 1.0) else values * law.std)
+        local, offset = places[name]
+        for dim in range(values.dim()):
+            values = values.narrow(dim, offset[dim], local.shape[dim])
+        local.copy_(values if law.std in (0.0, 1.0) else values * law.std)
 
 
 def _unmarked(parameter: torch.nn.Parameter, wanted: bool) -> torch.nn.Parameter:
     """A CPU copy without transformers' mark "already initialized"; only the wanted one keeps its size in memory."""
-    device = "cpu" if wanted else "meta"
-    return torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu" if wanted else "meta")
+    return torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)

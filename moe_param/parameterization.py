@@ -277,6 +277,8 @@ def plan(
             f"base_shape.head_dim = {base_shape.head_dim}, but heads are scaled at the model's head_dim "
             f"{base.shape.head_dim}: for another head_dim at the base pass the base config instead of a Shape"
         )
+    if target_shape is not None and not isinstance(target_shape, Shape):
+        raise ParameterizationError(f"target_shape must be a Shape, got {type(target_shape).__name__}")
     if target_shape is not None:
         given = target_shape if target_shape.head_dim else replace(target_shape, head_dim=target.shape.head_dim)
         if given != target.shape:
@@ -551,16 +553,25 @@ def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:
 
 
 def _check_numbers(init_std: float | None, constants: Mapping[str, Mapping[str, float]] | None) -> None:
-    if init_std is not None and not (math.isfinite(init_std) and init_std > 0):
-        raise ParameterizationError(f"init_std must be a positive number, got {init_std}")
+    if init_std is not None and not _positive(init_std):
+        raise ParameterizationError(f"init_std must be a positive number, got {init_std!r}")
+    if constants is not None and not isinstance(constants, Mapping):
+        raise ParameterizationError(f"constants must map roles to {{'init': c, 'lr': c}}, got {constants!r}")
     for role, values in (constants or {}).items():
         if role not in ROLES:
             raise ParameterizationError(f"constants: unknown role {role!r} (valid: {', '.join(ROLES)})")
+        if not isinstance(values, Mapping):
+            raise ParameterizationError(f"constants.{role} must be a mapping like {{'lr': 0.5}}, got {values!r}")
         for key, value in values.items():
             if key not in ("init", "lr"):
                 raise ParameterizationError(f"constants.{role}: unknown key {key!r} (valid: init, lr)")
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            if not _positive(value):
                 raise ParameterizationError(f"constants.{role}.{key} must be a positive number, got {value!r}")
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
 
 
 def _check_shapes(expected: Mapping[str, tuple[int, ...]], model: PreTrainedModel, source: str) -> None:

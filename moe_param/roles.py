@@ -301,6 +301,8 @@ class _Reader:
         )
         if missed:
             gaps["attention_logits"] = f"no queries were seen in the attention of layers {missed}"
+        if "head_dim" in self.adapter.refuse:
+            gaps["attention_logits"] = self.adapter.refuse["head_dim"]
         mute = sorted({a.layer for a in self.trace.attentions if not a.query})
         if mute:
             gaps["attention_logits"] = f"no weight scales the queries of layers {mute}"

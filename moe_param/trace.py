@@ -546,7 +546,7 @@ def trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 
 
 def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
-    """Builds `model_class(config)` without memory, runs 8 tokens through it and reports what was seen.
+    """Builds `model_class(config)` without memory, runs a few tokens through it and reports what was seen.
 
     Returns the fake model (for its module tree) and the trace.
 
@@ -569,7 +569,7 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         _hook(model, layers, watcher)
         try:
             with torch.no_grad(), watcher:
-                out = model(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=False)
+                out = model(input_ids=torch.zeros(1, adapter_for(config).tokens, dtype=torch.long), use_cache=False)
         except StructureError:
             raise
         except Exception as error:

@@ -44,7 +44,7 @@ class DemoArguments:
     base_width: int = field(default=32, metadata={"help": "Width and expert size of the base."})
     factor: int = field(default=4, metadata={"help": "Width and expert size of the target over the base's."})
     log2_lrs: list[int] = field(
-        default_factory=lambda: list(range(-10, -3)), metadata={"help": "Learning rates, as powers of 2."}
+        default_factory=lambda: list(range(-10, -4)), metadata={"help": "Learning rates, as powers of 2."}
     )
     steps: int = field(default=300, metadata={"help": "Optimizer steps of a run."})
     batch_size: int = field(default=16, metadata={"help": "Blocks per step."})

@@ -163,6 +163,20 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] =
         ParameterizationError,
         r"constants\.router\.init must be a positive number, got -1",
     ),
+    "init_std as text": (mixtral, {"init_std": "0.02"}, ParameterizationError, "init_std must be a positive number"),
+    "constants without a kind": (
+        mixtral,
+        {"constants": {"router": 2.0}},
+        ParameterizationError,
+        r"constants\.router must be a mapping",
+    ),
+    "constants as a list": (mixtral, {"constants": ["router"]}, ParameterizationError, "constants must map roles"),
+    "target_shape that is no shape": (
+        mixtral,
+        {"target_shape": {"width": 64}},
+        ParameterizationError,
+        "target_shape must be a Shape, got dict",
+    ),
     "constant for an unknown role": (
         mixtral,
         {"constants": {"ruoter": {"lr": 1}}},
@@ -265,9 +279,9 @@ def test_rates_only_leave_the_weights_alone() -> None:
     assert Parameterization.from_model(model) == rates
     # an already parameterized model can change its base, keeping its weights
     before = weights(other)
-    again = moe_param.apply(other, odd(width=16, depth=1), reinit=False, experts=None)
+    again = moe_param.apply(other, odd(depth=1, expert_size=24), reinit=False, experts=None)
     assert all(torch.equal(p, before[name]) for name, p in other.named_parameters())
-    assert again.base_shape.width == 16
+    assert (again.base_shape.depth, again.base_shape.expert_size) == (1, 24)
     assert Parameterization.from_model(other) == again
 
 
