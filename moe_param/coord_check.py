@@ -363,19 +363,22 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         constants=job["constants"],
         experts=None,
     )
-    if model.get_output_embeddings() is None:
-        raise CoordCheckError(f"{type(model).__name__} has no language-model head to train")
+    head = _head(model, job["seed"])
     groups = parameterization.param_groups(model, lr=job["lr"], eps=job["eps"])
+    if head is not None:
+        groups.append({"params": [head.weight], "lr": job["lr"], "eps": job["eps"]})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    watch = _Watch(model, parameterization)
+    watch = _Watch(model, parameterization, head)
     batch = job["batch"]
     initial = watch.run(batch)
     record: dict[str, Any] = {"factor": job["factor"], "seed": job["seed"], "loss": [], "change": []}
     record["init"] = {q: _rms(values) for q, values in initial.items()}
     model.train()
     for _ in range(job["steps"]):
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = torch.nn.functional.cross_entropy(
+            _logits(model, head, batch)[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
+        )
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -390,6 +393,22 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
+def _head(model: PreTrainedModel, seed: int) -> nn.Linear | None:
+    """A plain linear head for a text backbone that has none. The factor 1/width on its logits is already in the final
+    norm (`moe_param.roles` puts it there), so the head itself is not scaled."""
+    if model.get_output_embeddings() is not None:
+        return None
+    embedding: Any = model.get_input_embeddings().weight
+    head = nn.Linear(embedding.shape[-1], embedding.shape[0], bias=False)
+    nn.init.normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+    return head
+
+
+def _logits(model: PreTrainedModel, head: nn.Linear | None, batch: torch.Tensor) -> torch.Tensor:
+    out = model(input_ids=batch, use_cache=False)
+    return out.logits if head is None else head(out.last_hidden_state)
+
+
 def _rms(tensors: Sequence[torch.Tensor]) -> float:
     total = sum(float(t.double().square().sum()) for t in tensors)
     return math.sqrt(total / max(1, sum(t.numel() for t in tensors)))
@@ -402,8 +421,9 @@ class _Watch:
     at initialization, so that a change of routing is not taken for a change of an expert.
     """
 
-    def __init__(self, model: PreTrainedModel, parameterization: Parameterization) -> None:
+    def __init__(self, model: PreTrainedModel, parameterization: Parameterization, head: nn.Linear | None) -> None:
         self.model = model
+        self.head = head
         self.rules = parameterization.rules
         self.structure: Structure = read_structure(type(model), model.config)
         self.seen: dict[str, list[torch.Tensor]] = {}
@@ -418,7 +438,7 @@ class _Watch:
         self.model.eval()
         try:
             with torch.no_grad():
-                self.model(input_ids=batch, use_cache=False)
+                _logits(self.model, self.head, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -457,9 +477,8 @@ class _Watch:
                 divide = self.rules[f"{name}.down_proj"].multiplier
                 hooks.append((module, self._keep_experts(name, divide)))
                 hooks.append((module, keep("moe_output", divide)))
-        head = self.model.get_output_embeddings()
-        if head is not None:
-            hooks.append((head, keep("logits")))
+        head: Any = self.head or self.model.get_output_embeddings()
+        hooks.append((head, keep("logits")))
         return hooks
 
     def _router_of(self, owner: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,21 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
+ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent.parent / "recipes" / "coord_check" / "families.json").read_text()
+)
 """Every family of transformers that uses the experts interface: its classes and a config that trains in seconds."""
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is not there either
+        return False
+
+
+FAMILIES = {name: entry for name, entry in ALL_FAMILIES.items() if _installed(entry["module"])}
+"""Those that the installed transformers has."""
 
 CORE = (
     "mixtral",

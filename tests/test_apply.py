@@ -27,7 +27,7 @@ from moe_param import (
     StructureError,
     scale_config,
 )
-from tests.models import CORE, build, classes, tiny_config, tokens
+from tests.models import build, classes, tiny_config, tokens
 from tests.test_roles import WithProbes
 
 BASE = Shape(width=32, depth=2, num_experts=4, top_k=1, expert_size=48)
@@ -310,7 +310,9 @@ def test_the_model_is_still_plain_transformers() -> None:
 
 
 # -- persistence -----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("family", CORE)
+@pytest.mark.parametrize(
+    "family", ["mixtral", "qwen2_moe", "deepseek_v3", "ernie4_5_moe", "gpt_oss", "nemotron_h", "jamba"]
+)
 def test_rules_survive_a_checkpoint(family: str, tmp_path: Path) -> None:
     base = tiny_config(family)
     shape = Shape.from_config(base)

@@ -90,8 +90,9 @@ def test_at_the_base_there_is_one_learning_rate(family: str) -> None:
     assert {(g["lr"], g["eps"]) for g in groups} == {(LR, EPS)}
     assert [g["weight_decay"] for g in groups] in ([DECAY, 0.0], [0.0, DECAY])
     assert len(parameterization.param_groups(model, lr=LR, eps=EPS)) == 1
-    away = moe_param.plan(type(model), config, scale_config(config, width=32))
-    assert len({g["lr"] for g in away.param_groups(model, lr=LR)}) > 1
+    if family == "mixtral":  # and away from it there are several
+        away = moe_param.plan(type(model), config, scale_config(config, width=32))
+        assert len({g["lr"] for g in away.param_groups(model, lr=LR)}) > 1
 
 
 def test_wrapped_models_give_the_same_groups() -> None:

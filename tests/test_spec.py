@@ -187,10 +187,11 @@ def test_moe_completep_on_dots1_where_gates_are_not_normalized() -> None:
     check(
         p,
         {
-            # queries pass a norm: its gain takes the attention factor, the projection does not
+            # queries pass a norm: its gain takes the attention factor, the projection does not. A gain is shared by
+            # all heads, so that its gradient falls as the size of one head (×2), not as the width (×4)
             L0 + "self_attn.q_proj.weight": (S / 2, 1 / 4, 1 / 8, 1),
-            L0 + "self_attn.q_norm.weight": (0.5**0.5, 0.5**0.5, 1 / 8 / 0.5**0.5, 0.5**0.5),
-            L0 + "self_attn.k_norm.weight": (1, 1, 1 / 8, 1),
+            L0 + "self_attn.q_norm.weight": (0.5**0.5, 0.5**0.5, 1 / 4 / 0.5**0.5, 0.5**0.5),
+            L0 + "self_attn.k_norm.weight": (1, 1, 1 / 4, 1),
             L0 + "mlp.experts.down_proj": (S * 2 / 5 / 6, 1 / 5 / 6, 1 / 24 * 6, 1 / 6),
             L0 + "mlp.experts.gate_up_proj": (S / 2, 1 / 4, 1 / 30, 1),
             # every token visits the shared expert: no top_k anywhere

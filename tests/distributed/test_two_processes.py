@@ -15,6 +15,7 @@ import torch
 from tests.distributed import worker
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("two processes")  # with --dist loadgroup: one launch, not one per worker
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_fsdp2_trains_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
         assert rank["fsdp"]["groups"] == [[g["names"], g["lr"]] for g in groups]
     model, parameterization = worker.parameterized(worker.SMALL)  # the comparison sees one group gone wrong
     groups = parameterization.param_groups(model, lr=worker.LR, eps=worker.EPS, weight_decay=worker.DECAY)
-    groups[-1]["lr"] *= 2
+    next(g for g in groups if "lm_head.weight" in g["names"])["lr"] *= 2
     wrong = train(groups, model)
     assert wrong[0] == pytest.approx(losses[0], rel=1e-6)
     assert wrong != pytest.approx(losses, rel=1e-5)

@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": BLOCK // 64 + 1001,
 }
 SMALL: dict[str, Any] = {**SIZES, "vocab_size": 129}
-LR, EPS, DECAY = 3e-3, 1e-6, 0.1
+LR, EPS, DECAY = 2e-2, 1e-6, 0.1
 GLOBAL_BATCH, STEPS = 4, 4
 
 
