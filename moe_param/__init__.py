@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check
+    from moe_param.init import WeightsError
     from moe_param.optim import OptimizerError, check_schedule
     from moe_param.parameterization import Parameterization, ParameterizationError, Rule, apply, plan
     from moe_param.roles import RoleError
@@ -15,6 +17,8 @@ __version__ = "0.1.0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {
+    "coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
+    "init": ("WeightsError",),
     "optim": ("OptimizerError", "check_schedule"),
     "parameterization": ("Parameterization", "ParameterizationError", "Rule", "apply", "plan"),
     "roles": ("RoleError",),
@@ -25,6 +29,8 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "CoordCheck",
+    "CoordCheckError",
     "OptimizerError",
     "Parameterization",
     "ParameterizationError",
@@ -35,8 +41,10 @@ __all__ = [
     "ShapeError",
     "SpecError",
     "StructureError",
+    "WeightsError",
     "apply",
     "check_schedule",
+    "coord_check",
     "plan",
     "scale_config",
 ]

@@ -89,6 +89,88 @@ def explain(
         _show(parameterization, config, recorded=base is None, as_json=as_json, full=full)
 
 
+@app.command("coord-check")
+def coord_check_command(
+    config_source: Annotated[str, typer.Argument(metavar="CONFIG", help="As MODEL_OR_CONFIG of `explain`.")],
+    base: Annotated[
+        str, typer.Option(help="Where factor 1 stands: `width=64,depth=2,num_experts=8,expert_size=64`, or a config.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for picture, JSON and the log of finished runs (resumes from it).")],
+    axis: Annotated[list[str] | None, typer.Option(help="One or more of the axes; by default all four.")] = None,
+    factors: Annotated[str, typer.Option(help="Multiples of the base's size along the axis.")] = "1,2,4,8",
+    spec: Annotated[str, typer.Option(help="Parameterization: a preset or a YAML file.")] = "moe-completep",
+    steps: Annotated[int, typer.Option(help="AdamW steps.")] = 5,
+    seeds: Annotated[int, typer.Option(help="Initializations.")] = 3,
+    lr: Annotated[float, typer.Option(help="The one learning rate of all runs.")] = 2**-8,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Token ids to train on: a .npy file, (batch, length). Default: random ids.")
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Runs at a time, at most one per core.")] = 1,
+) -> None:
+    """Trains the architecture at several sizes for a few steps: does every activation move by the same amount?
+
+    Writes AXIS.png and AXIS.json to the folder. Exit code 1 if a quantity grows or vanishes.
+    """
+    with _errors():
+        import torch
+        from rich.console import Console
+        from rich.table import Table
+
+        from moe_param.coordinates import AXES as CHECKED
+        from moe_param.coordinates import coord_check
+        from moe_param.shape import Shape
+
+        config = _load_config(config_source)
+        shape = Shape.from_config(_scaled(config, "--base", base))
+        try:
+            multiples = [float(factor) for factor in factors.split(",")]
+        except ValueError:
+            raise ValueError(f"--factors: numbers with commas between them, got {factors!r}") from None
+        batch = None
+        if tokens is not None:
+            import numpy
+
+            batch = torch.from_numpy(numpy.load(tokens)).long()
+            if batch.dim() != 2:
+                raise ValueError(f"--tokens: {tokens} must hold a (batch, length) array, found {tuple(batch.shape)}")
+        out.mkdir(parents=True, exist_ok=True)
+        console, passed = Console(), True
+        for name in axis or CHECKED:
+            result = coord_check(
+                config,
+                shape,
+                axis=name,
+                factors=multiples,
+                spec=spec,
+                steps=steps,
+                seeds=seeds,
+                lr=lr,
+                batch=batch,
+                processes=processes,
+                resume=out / "finished.jsonl",
+                progress=True,
+            )
+            result.plot(out / f"{name}.png")
+            result.to_json(out / f"{name}.json")
+            passed = passed and result.passed
+            table = Table(title=f"{result.spec}, {name}: {'passed' if result.passed else 'FAILED'}")
+            for column in ("quantity", "initial size ~", "change ~", "verdict"):
+                table.add_column(column)
+            slopes = result.slopes
+            for quantity, verdict in result.verdicts.items():
+                start, change = slopes["init"][quantity], slopes["change"][quantity]
+                interval = f" [{change.low:+.2f}, {change.high:+.2f}]" if change.low == change.low else ""
+                table.add_row(
+                    quantity,
+                    f"{name}^{start.value:+.2f}",
+                    f"{name}^{change.value:+.2f}{interval}",
+                    ("ok: " if verdict.passed else "FAILED: ") + verdict.reason,
+                )
+            console.print(table)
+        console.print(f"pictures and numbers are in {out}")
+    raise typer.Exit(0 if passed else 1)
+
+
 def _plan(
     config: PretrainedConfig,
     base: str,

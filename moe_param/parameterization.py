@@ -328,8 +328,9 @@ def apply(
         RoleError: parameters without a role, all of them listed.
         ShapeError: sizes that contradict the model or do not divide.
         SpecError: an invalid scaling table.
-        ParameterizationError: a model already parameterized, with meta or quantized weights, another architecture
-            than the base, another sparsity, a multiplier without a place to go, NaN or negative constants.
+        WeightsError: meta weights.
+        ParameterizationError: a model already parameterized or quantized, another architecture than the base, another
+            sparsity, a multiplier without a place to go, NaN or negative constants.
         In every case the model is left as it was.
     """
     if reinit and _is_parameterized(model):

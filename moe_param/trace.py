@@ -204,6 +204,8 @@ _PRODUCTS = {
     "_grouped_mm",
 }
 _CONTRACTIONS = _PRODUCTS - {"mul", "div"}
+_FROM = "from:"
+"""Tag that names the weight of the last matrix product; it survives nonlinearities, which degrees do not."""
 _ROOTS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "square": 2.0}
 _NORMS = {"native_layer_norm": (2, 3), "_fused_rms_norm": (2, None), "native_group_norm": (1, 2)}
 
@@ -326,7 +328,7 @@ class _Watcher(TorchDispatchMode):
             if bias_flow is not None and bias_flow.weight:
                 degrees = _merge(degrees, bias_flow.degrees, 0.0)
             if contraction:
-                return Flow(degrees, act.degrees)
+                return Flow(degrees, act.degrees, tags=frozenset(_FROM + name for name in weight.names))
             return Flow(degrees, act.degrees, stream=act.stream, scaled=act.stream, inner=act.inner, tags=act.tags)
         if a.stream != b.stream and op != "div":  # streams mixed by activations (hyper-connections)
             factor = b if a.stream else a
@@ -625,9 +627,13 @@ def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) ->
             flow = watcher.flow(weights)
             tags = flow.tags if flow is not None else frozenset()
             maker = producers.get(_storage(index))
-            trace.routers.append(
-                Router(name, maker[0] if maker else None, int(index.shape[-1]), bool(tags & {"_softmax", "sum"}))
-            )
+            if maker is not None:
+                router: str | None = maker[0]
+            else:  # the block chooses experts itself: its router is the linear that the weights come from
+                block = name.rpartition(".")[0] + "."
+                linears = sorted(t.removeprefix(_FROM) for t in tags if t.startswith(_FROM + block))
+                router = linears[0].rpartition(".")[0] if linears else None
+            trace.routers.append(Router(name, router, int(index.shape[-1]), bool(tags & {"_softmax", "sum"})))
 
         return hook
 

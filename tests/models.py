@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -20,13 +22,18 @@ ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads(
 
 def _installed(module: str) -> bool:
     try:
-        return find_spec(module) is not None
+        spec = find_spec(module)
     except ModuleNotFoundError:  # its package is not there either
         return False
+    return spec is not None and "@use_experts_implementation" in Path(str(spec.origin)).read_text()
 
 
 FAMILIES = {name: entry for name, entry in ALL_FAMILIES.items() if _installed(entry["module"])}
 """Those that the installed transformers has."""
+
+if Version(transformers.__version__) < Version("5.20"):  # their layer types had other names
+    for renamed in ("glm_moe_dsa", "nemotron_h"):
+        FAMILIES.pop(renamed, None)
 
 CORE = (
     "mixtral",
@@ -51,8 +58,6 @@ CORE = (
 
 def classes(family: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
     entry = FAMILIES[family]
-    import transformers
-
     module = importlib.import_module(entry["module"])
     config_class = getattr(transformers, entry["config_class"], None) or getattr(module, entry["config_class"])
     return getattr(module, entry["model_class"]), config_class

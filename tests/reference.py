@@ -20,7 +20,7 @@ class Ratios:
     """target / base. n: width, l: depth, k: top_k, h: expert size, d: head_dim."""
 
     n: float
-    l: float  # noqa: E741
+    l: float
     k: float
     h: float
     d: float

@@ -10,7 +10,7 @@ import torch
 from transformers import BertConfig
 
 from moe_param import Shape, ShapeError, StructureError
-from moe_param.coord_check import CoordCheck, CoordCheckError, coord_check, expert_activations
+from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check, expert_activations
 from moe_param.trace import is_experts
 from tests.models import build, tiny_config, tokens
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from moe_param import Shape
-from moe_param.coord_check import AXES, CoordCheck, coord_check
+from moe_param.coordinates import AXES, CoordCheck, coord_check
 from moe_param.spec import ScalingSpec
 from tests.models import tiny_config
 

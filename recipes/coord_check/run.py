@@ -42,7 +42,7 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     from moe_param import Shape
-    from moe_param.coord_check import coord_check
+    from moe_param.coordinates import coord_check
     from moe_param.shape import measure
     from moe_param.trace import trace_model
 
