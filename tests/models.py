@@ -91,4 +91,7 @@ class KeepDouble(TorchFunctionMode):
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             if kwargs.get("dtype") is torch.float32:
                 kwargs["dtype"] = torch.float64
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if "matmul" in getattr(func, "__name__", "") and any(t.dtype == torch.float64 for t in tensors):
+            args = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in args)  # position ids × frequencies
         return func(*args, **kwargs)

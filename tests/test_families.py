@@ -16,7 +16,7 @@ from moe_param.adapters import adapter_for, adapters
 from moe_param.roles import Structure, read_structure
 from moe_param.shape import Shape, measure
 from moe_param.trace import Trace, find_layers, trace_model
-from tests.models import FAMILIES, KeepDouble, build, classes, tiny_config, tokens
+from tests.models import ALL_FAMILIES, FAMILIES, KeepDouble, build, classes, tiny_config, tokens
 
 AXES = ("width", "depth", "num_experts", "expert_size")
 
@@ -177,7 +177,7 @@ NO_QUERY_FOLD = {
 }
 
 
-@pytest.mark.parametrize("family", NO_QUERY_FOLD)
+@pytest.mark.parametrize("family", sorted(set(NO_QUERY_FOLD) & set(FAMILIES)))
 def test_head_dim_cannot_change_where_queries_cannot_be_scaled(family: str) -> None:
     _, structure, _, _ = structure_of(family)
     assert NO_QUERY_FOLD[family] in structure.gaps["attention_logits"]
@@ -306,5 +306,7 @@ def shifted_gains(family: str) -> frozenset[str]:
 
 def test_adapters_name_only_families_that_exist() -> None:
     types = {tiny_config(family).get_text_config().model_type for family in FAMILIES}
-    assert set(adapters()) <= types
+    if len(FAMILIES) == len(ALL_FAMILIES):  # an older transformers does not have all of them
+        assert set(adapters()) <= types
+    assert types & set(adapters())
     assert adapter_for(tiny_config("mixtral")).residual is None

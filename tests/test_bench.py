@@ -1,0 +1,60 @@
+"""The benchmark runs and writes what its README describes. Times are not checked here: CI machines are busy."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moe_param
+from recipes.bench import overhead
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads its memory from /proc")
+def test_smallest_run(tmp_path: Path) -> None:
+    overhead.main(["--smallest", "--out", str(tmp_path / "new" / "overhead.json")])
+    report = json.loads((tmp_path / "new" / "overhead.json").read_text())
+    assert report["smallest"] and "--smallest" in report["command"]
+    assert report["hardware"] and {"python", "torch", "transformers", "moe_param"} <= set(report["versions"])
+    results = {result["name"]: result for result in report["results"]}
+    assert {name: result["target"] for name, result in results.items()} == {
+        "training step": 1.01,
+        "apply, 1 thread": 1.0,
+        "peak memory of apply, 1 thread": 1.1,
+        "import": 1.05,
+        "import, all names, own loop": 1.05,
+        "import, all names, Trainer": 1.05,
+    }
+    for result in results.values():
+        assert math.isfinite(result["ratio"]) and result["ratio"] > 0
+        assert result["passed"] == (result["ratio"] <= result["target"])
+    groups = results["training step"]["groups"]
+    assert groups["stock"] == groups["stock again"] == 2 < groups["ours"] <= 12  # the same split would prove nothing
+
+
+def test_ratio_is_the_median_of_pairs() -> None:
+    """A round that is slow for both sides does not count; a side that is slower does."""
+    seconds = {"a": [1.0, 10.0, 2.0], "b": [1.0, 10.0, 2.0], "c": [2.0, 20.0, 4.0]}
+    assert overhead.ratio(seconds, "a", "b")["ratio"] == 1.0
+    assert overhead.ratio(seconds, "c", "b")["ratio"] == 2.0
+
+
+def test_rounds_alternate() -> None:
+    order: list[str] = []
+    overhead.compare({name: lambda name=name: order.append(name) or 0.0 for name in "xy"}, rounds=2)
+    assert order == ["x", "y", "y", "x"]
+
+
+def test_import_is_lazy_and_complete() -> None:
+    """`import moe_param` loads neither torch nor transformers; every public name is there when asked for."""
+    code = "import sys, moe_param; sys.exit(bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert all(getattr(moe_param, name).__name__ == name for name in moe_param.__all__)
+    assert set(moe_param.__all__) <= set(dir(moe_param))
+    with pytest.raises(AttributeError, match="no attribute 'aply'"):
+        _ = moe_param.aply  # type: ignore[attr-defined]
