@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check
     from moe_param.init import WeightsError
     from moe_param.optim import OptimizerError, check_schedule
-    from moe_param.parameterization import Parameterization, ParameterizationError, Rule, apply, plan
+    from moe_param.parameterization import Parameterization, apply, plan
     from moe_param.roles import RoleError
+    from moe_param.rules import ParameterizationError, Rule
     from moe_param.shape import Shape, ShapeError, scale_config
     from moe_param.spec import ScalingSpec, SpecError
     from moe_param.trace import StructureError
@@ -20,8 +21,9 @@ _NAMES = {
     "coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
     "init": ("WeightsError",),
     "optim": ("OptimizerError", "check_schedule"),
-    "parameterization": ("Parameterization", "ParameterizationError", "Rule", "apply", "plan"),
+    "parameterization": ("Parameterization", "apply", "plan"),
     "roles": ("RoleError",),
+    "rules": ("ParameterizationError", "Rule"),
     "shape": ("Shape", "ShapeError", "scale_config"),
     "spec": ("ScalingSpec", "SpecError"),
     "trace": ("StructureError",),

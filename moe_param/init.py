@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from moe_param.trace import InitLaw
+from moe_param.laws import InitLaw
 
 BLOCK = 2**20
 """Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
-    from moe_param.parameterization import Rule
+    from moe_param.rules import Rule
 
 RATIO_BREAKING_SCHEDULES = ("reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy", "GreedyLR")
 """Schedules that set learning rates by a floor or a probe per group, so that ratios between groups drift."""

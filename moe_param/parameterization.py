@@ -1,15 +1,13 @@
-"""Spec × roles × two models → one `Rule` per parameter; `apply`; what is written into `config.moe_param`."""
+"""`apply`, its `Parameterization`, and what is written into `config.moe_param`."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import logging
 import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,52 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param import optim
 from moe_param.init import check_writable, initialize
-from moe_param.roles import UNTRAINED, Info, Structure, read_structure
+from moe_param.laws import InitLaw
+from moe_param.roles import UNTRAINED, read_structure
+from moe_param.rules import ParameterizationError, Rule, derive_rules
 from moe_param.shape import Shape, ShapeError, scale_config
 from moe_param.spec import ROLES, ScalingSpec
-from moe_param.trace import InitLaw
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what `Parameterization.to_dict` writes."""
-
-
-class ParameterizationError(ValueError):
-    """A model, a base and a spec that do not fit together; nothing was written."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What holds for one parameter, as the optimizer and the initializer see it (folded).
-
-    role: see `moe_param.spec.ROLES`. shape: of the parameter. init: law and scale of its initial values.
-    lr, eps, weight_decay: factors on the user's numbers; weight_decay is 0 where the role is not decayed, otherwise
-    1 / lr, so that the shrinkage lr·λ of a step is the same everywhere. multiplier: the forward multiplier folded into
-    it (1: none), folded: from which sites. fan_in, fan_in_base: of the contraction it takes part in, None for vectors.
-    """
-
-    role: str
-    shape: tuple[int, ...]
-    init: InitLaw
-    lr: float = 1.0
-    eps: float = 1.0
-    weight_decay: float = 1.0
-    multiplier: float = 1.0
-    folded: tuple[str, ...] = ()
-    fan_in: int | None = None
-    fan_in_base: int | None = None
-    padding: int | None = None
-
-    @property
-    def init_std(self) -> float | None:
-        """Standard deviation of the initial values; None where they are constant or left to transformers."""
-        return self.init.std if self.init.kind in ("normal", "uniform", "trunc_normal") else None
-
-    @property
-    def constant(self) -> float | None:
-        """The constant the parameter starts at, None where it is random."""
-        return self.init.value if self.init.kind == "constant" else None
 
 
 @dataclass(frozen=True)
@@ -284,7 +246,7 @@ def plan(
         if given != target.shape:
             raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
     _check_sparsity(base.shape, target.shape, allow_sparsity_change)
-    rules = _rules(table, base, target, init_std, constants or {})
+    rules = derive_rules(table, base, target, init_std, constants or {})
     return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants)
 
 
@@ -401,141 +363,6 @@ def _say_once(message: str) -> None:
     if message not in _said:
         _said.add(message)
         logger.warning(message)
-
-
-# -- the rules -------------------------------------------------------------------------------------------------------
-def _rules(
-    spec: ScalingSpec,
-    base: Structure,
-    target: Structure,
-    init_std: float | None,
-    constants: Mapping[str, Mapping[str, float]],
-) -> dict[str, Rule]:
-    dims = ("width", "depth", "num_experts", "top_k", "expert_size")
-    ratios = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in dims}
-    for dim in spec.fixed:
-        if ratios.get(dim, 1.0) != 1.0:
-            raise ParameterizationError(
-                f"spec {spec.name} does not scale {dim}: base {getattr(base.shape, dim)}, "
-                f"target {getattr(target.shape, dim)}"
-            )
-    _check_gaps(spec, base, target, ratios)
-    counterparts = _counterparts(base, target)
-    rules = {}
-    for name, info in target.parameters.items():
-        rules[name] = _rule(spec, ratios, base.parameters[counterparts[name]], info, init_std, constants)
-    return rules
-
-
-def _rule(
-    spec: ScalingSpec,
-    ratios: Mapping[str, float],
-    base: Info,
-    info: Info,
-    init_std: float | None,
-    constants: Mapping[str, Mapping[str, float]],
-) -> Rule:
-    fans = {"fan_in": info.fan_in, "fan_in_base": base.fan_in, "padding": info.padding}
-    if info.role in UNTRAINED:
-        return Rule(info.role, info.shape, info.law, lr=0.0, weight_decay=0.0, **fans)  # type: ignore[arg-type]
-    own = dict(ratios)
-    for fan in ("fan_in", "fan_out"):
-        here, there = getattr(info, fan), getattr(base, fan)
-        own[fan] = here / there if here and there else 1.0
-    own["units"] = info.shape[-1] / base.shape[-1] if len(info.shape) == 1 else 1.0
-    own["head_dim"] = info.head_dim / base.head_dim if info.head_dim and base.head_dim else 1.0
-
-    def scale(exponents: Mapping[str, float]) -> float:
-        return math.prod(own[dim] ** exponent for dim, exponent in exponents.items())
-
-    multiplier, folded = 1.0, []
-    for site in sorted(info.sites):
-        if site not in spec.multipliers:
-            continue
-        factor = scale(spec.multipliers[site])
-        if site == "attention_logits" and info.scaling and base.scaling:
-            factor /= info.scaling / base.scaling  # what the model's own factor already does
-        if not math.isclose(factor, 1.0, rel_tol=1e-12):
-            multiplier *= factor
-            folded.append(site)
-
-    row = spec.roles[info.role]
-    eps_row = spec.roles[info.of or info.role] if row.eps is None else row
-    own_constants = constants.get(info.role, {})
-    std_ratio = scale(row.init_std) * own_constants.get("init", 1.0)
-    lr = scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
-    eps = scale(eps_row.eps or {}) / multiplier
-    matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")
-    law = base.law if spec.init == "base" else info.law
-    return Rule(
-        role=info.role,
-        shape=info.shape,
-        init=_fold_law(law, info.offset, std_ratio, multiplier, init_std),
-        lr=lr,
-        eps=eps,
-        weight_decay=1.0 / lr if row.decay and matrix else 0.0,
-        multiplier=multiplier,
-        folded=tuple(folded),
-        **fans,
-    )
-
-
-def _fold_law(law: InitLaw, offset: bool, std_ratio: float, multiplier: float, init_std: float | None) -> InitLaw:
-    if law.kind == "constant":
-        if offset:  # a gain of the form 1 + w: 1 + w' = a·(1 + w)
-            return replace(law, value=multiplier * (1.0 + law.value) - 1.0)
-        return replace(law, value=multiplier * law.value)
-    if law.kind == "special":  # values are transformers' own, times this
-        return replace(law, std=std_ratio * multiplier)
-    if init_std is not None:
-        law = InitLaw("normal", std=init_std)
-    factor = std_ratio * multiplier
-    return replace(law, std=law.std * factor, bound=law.bound * factor)
-
-
-def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
-    """Which base parameter each target parameter is scaled from: the same name in a layer of the same kind."""
-    of_kind: dict[Any, list[int]] = {}
-    for index, kind in enumerate(base.kinds):
-        of_kind.setdefault(kind, []).append(index)
-    total = Counter(target.kinds)
-    seen: Counter[Any] = Counter()
-    layer_map = {}
-    for index, kind in enumerate(target.kinds):
-        if kind not in of_kind:
-            raise ParameterizationError(
-                f"layer {index} of the target ({kind[0] or 'its parameters'}) has no counterpart in the base: the base "
-                "needs a layer with the same parameters in the same roles. Choose a base depth that holds every kind "
-                "of layer, or pass a base config."
-            )
-        candidates = of_kind[kind]
-        layer_map[index] = candidates[seen[kind] * len(candidates) // total[kind]]
-        seen[kind] += 1
-    names = {(info.layer, info.relative): name for name, info in base.parameters.items()}
-    found = {}
-    for name, info in target.parameters.items():
-        layer = None if info.layer is None else layer_map[info.layer]
-        if (layer, info.relative) not in names:
-            raise ParameterizationError(f"{name} is not in the base model: base and target differ in more than shape")
-        found[name] = names[layer, info.relative]
-    return found
-
-
-def _check_gaps(spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float]) -> None:
-    head_dims = {
-        (b.head_dim, t.head_dim)
-        for b, t in itertools.product(base.parameters.values(), target.parameters.values())
-        if b.relative == t.relative and b.head_dim and t.head_dim
-    }
-    moved = dict(ratios, head_dim=1.0 if all(b == t for b, t in head_dims) else 2.0)
-    for site, reason in {**base.gaps, **target.gaps}.items():
-        used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and moved.get(dim, 1.0) != 1.0]
-        if used:
-            raise ParameterizationError(
-                f"spec {spec.name} multiplies the {site} when {used[0]} changes, and in "
-                f"{target.model_class.__name__} there is no parameter to fold that into: {reason}. "
-                f"Keep {used[0]} at the base's."
-            )
 
 
 def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.adapters import adapter_for
+from moe_param.laws import InitLaw
 from moe_param.shape import Shape, measure
-from moe_param.trace import InitLaw, StructureError, Trace, find_layers, is_experts, trace_model
+from moe_param.trace import StructureError, Trace, find_layers, is_experts, trace_model
 
 UNTRAINED = ("frozen", "selection_bias")
 """Roles of parameters that no optimizer touches."""

@@ -1,0 +1,82 @@
+"""How transformers itself initializes each parameter, seen while a model is being built on fake tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True)
+class InitLaw:
+    """How transformers itself initializes a parameter.
+
+    kind: "normal" (std), "uniform" (half-width `std`·√3 around 0, so that std means the same), "trunc_normal"
+        (std before truncation, cut at ±bound), "constant" (value) or "special" (anything else; left to transformers).
+    """
+
+    kind: str
+    std: float = 0.0
+    value: float = 0.0
+    bound: float = 0.0
+
+
+class InitWatcher(TorchDispatchMode):
+    """Remembers the last initializer of every tensor while a model is being built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.laws: Any = WeakTensorKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        op = func.overloadpacket.__name__
+        if not args or not isinstance(args[0], torch.Tensor):
+            return out
+        values = [a for a in args[1:] if isinstance(a, (int, float))]
+        if op in ("mul", "div") and values and args[0] in self.laws:  # a copy at another scale, to be copied back
+            factor = values[0] if op == "mul" else 1 / values[0]
+            law = self.laws[args[0]]
+            if law.kind in ("normal", "uniform"):
+                self.laws[out] = replace(law, std=law.std * abs(factor))
+            return out
+        if not op.endswith("_"):
+            return out
+        if op == "normal_":
+            law = InitLaw("normal", std=float(values[1] if len(values) > 1 else kwargs.get("std", 1.0)))
+            if values and values[0] != 0:
+                law = InitLaw("special")
+        elif op == "uniform_":
+            low, high = (*values, 0.0, 1.0)[:2] if values else (0.0, 1.0)
+            law = InitLaw("uniform", std=(high - low) / 2 / math.sqrt(3)) if low == -high else InitLaw("special")
+        elif op == "zero_":
+            law = InitLaw("constant", value=0.0)
+        elif op == "copy_":
+            law = self.laws.get(args[1], InitLaw("special"))
+        elif op == "fill_" and len(args) > 1 and isinstance(args[1], (int, float)):
+            law = InitLaw("constant", value=float(args[1]))
+        elif (op == "erfinv_" and self.laws.get(args[0], InitLaw("")).kind == "uniform") or (
+            op in ("mul_", "add_", "clamp_") and self.laws.get(args[0], InitLaw("")).kind == "trunc_normal"
+        ):
+            law = self.truncated(op, args[0], values, kwargs)
+        else:
+            law = InitLaw("special")
+        self.laws[args[0]] = law
+        return out
+
+    def truncated(self, op: str, tensor: torch.Tensor, values: list[float], kwargs: dict[str, Any]) -> InitLaw:
+        """`torch.nn.init.trunc_normal_` is uniform_, erfinv_, mul_(std·√2), add_(mean), clamp_(low, high)."""
+        before = self.laws[tensor]
+        if op == "erfinv_":
+            return InitLaw("trunc_normal", std=1 / math.sqrt(2))
+        if op == "mul_":
+            return InitLaw("trunc_normal", std=before.std * values[0])
+        if op == "clamp_":
+            high = values[1] if len(values) > 1 else kwargs.get("max", math.inf)
+            return InitLaw("trunc_normal", std=before.std, bound=float(high))
+        return before if not values or values[0] == 0 else InitLaw("special")
