@@ -17,6 +17,7 @@ class Adapter:
 
     residual: str | None = None
     normed_stream: bool = False
+    own_factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: int = 8
     roles: Mapping[str, str] = field(default_factory=dict)
     refuse: Mapping[str, str] = field(default_factory=dict)

@@ -46,7 +46,7 @@ QUANTITIES = (
 GROW, VANISH = 0.2, -0.6
 """Verdict: a change may not grow faster than size^0.2. It may fall as size^-0.5 where it is an average of many
 independent parts (top_k experts, α·n hidden units, early logits), and not faster than size^-0.6. The residual stream
-may do neither beyond 0.2."""
+may do neither beyond 0.2, but on depth, where in the first steps it is such an average over layers."""
 
 
 class CoordCheckError(ValueError):
@@ -107,7 +107,7 @@ class CoordCheck:
         verdicts = {}
         diverged = sorted({r["factor"] for r in self.records if not all(map(math.isfinite, r["loss"]))})
         for quantity, slope in self.slopes["change"].items():
-            floor = -GROW if quantity == "residual" else VANISH
+            floor = -GROW if quantity == "residual" and self.axis != "depth" else VANISH
             if diverged:
                 verdicts[quantity] = Verdict(False, f"training diverged at factor {diverged}")
             elif slope.value > GROW:
@@ -241,7 +241,8 @@ def coord_check(
     Args:
         config: the architecture; its own sizes do not matter.
         base_shape: where factor 1 stands.
-        axis: width, depth, num_experts (top_k follows) or expert_size.
+        axis: width (expert_size follows, so that α of arXiv:2601.20205 is fixed), depth, num_experts (top_k follows) or
+            expert_size.
         factors: at least two.
         spec, init_std, constants: as in `moe_param.apply`.
         steps, seeds, lr, eps: AdamW steps on one batch, number of initializations, and one learning rate for all.
@@ -296,6 +297,11 @@ def coord_check(
 def _sizes(base: Shape, axis: str, size: int) -> dict[str, int]:
     sizes = {k: v for k, v in asdict(base).items() if k != "head_dim"}
     sizes[axis] = size
+    if axis == "width":  # α = expert_size / width is fixed, as on the paper's width axis
+        expert_size = base.expert_size * size / base.width
+        if expert_size != int(expert_size):
+            raise ShapeError(f"expert_size would be {expert_size:g} at width {size}")
+        sizes["expert_size"] = int(expert_size)
     if axis == "num_experts":
         top_k = base.top_k * size / base.num_experts
         if top_k != int(top_k):
@@ -425,6 +431,10 @@ class _Watch:
         self.model = model
         self.head = head
         self.rules = parameterization.rules
+        self.num_experts = parameterization.shape.num_experts
+        # 1/top_k makes the mean of the experts out of their sum: it stays in what is measured of the MoE output.
+        exponent = parameterization.spec.multipliers.get("unnormalized_gates", {}).get("top_k", 0.0)
+        self.gates = (parameterization.shape.top_k / parameterization.base_shape.top_k) ** exponent
         self.structure: Structure = read_structure(type(model), model.config)
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.routes: dict[str, torch.Tensor] = {}
@@ -467,16 +477,18 @@ class _Watch:
             owner = name.rpartition(".")[0]
             if info.role == "attention_out" and name.endswith("weight"):
                 hooks.append((self.modules[owner], keep("attention_output", self.rules[name].multiplier)))
-            elif info.role == "router":
-                routers.add(self._router_of(owner))
+            elif info.role == "router" and info.fan_out is not None and info.fan_out >= self.num_experts:
+                linear = isinstance(self.modules[owner], nn.Linear)  # some routers return probabilities first
+                routers.add(owner if linear else self._router_of(owner))
             elif info.role == "final_norm" and name.endswith("weight"):
                 hooks.append((self.modules[owner], keep_input("residual")))
         hooks += [(self.modules[name], keep("router_logits")) for name in sorted(routers)]
         for name, module in self.modules.items():
             if is_experts(module) and f"{name}.down_proj" in self.rules:
-                divide = self.rules[f"{name}.down_proj"].multiplier
-                hooks.append((module, self._keep_experts(name, divide)))
-                hooks.append((module, keep("moe_output", divide)))
+                rule = self.rules[f"{name}.down_proj"]
+                hooks.append((module, self._keep_experts(name, rule.multiplier)))
+                mean = self.gates if "unnormalized_gates" in rule.folded else 1.0
+                hooks.append((module, keep("moe_output", rule.multiplier / mean)))
         head: Any = self.head or self.model.get_output_embeddings()
         hooks.append((head, keep("logits")))
         return hooks

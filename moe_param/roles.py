@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Info:
     sites: forward multipliers that stand before or behind it (`moe_param.spec.SITES`).
     head_dim, scaling: of the attention whose queries it makes.
     padding: row of an embedding that stays zero.
+    undo: {dimension: exponent} of a factor in the family's own forward pass that is taken back.
     """
 
     role: str
@@ -48,6 +50,7 @@ class Info:
     head_dim: int | None = None
     scaling: float | None = None
     padding: int | None = None
+    undo: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class _Reader:
         head = model.get_output_embeddings()
         self.head = ids.get(id(getattr(head, "weight", None)))
         self.tied = self.head in trace.embeddings
+        self.input_embedding = ids.get(id(getattr(model.get_input_embeddings(), "weight", None)))
         self.closers = {name for branch in trace.branches for name in branch.closers}
         # The last matrices of a branch, also where a norm closes it.
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
@@ -252,7 +256,18 @@ class _Reader:
             head_dim=attention.head_dim if attention else None,
             scaling=scaling,
             padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
+            undo=self.undo(name, role, sites),
         )
+
+    def undo(self, name: str, role: str, sites: set[str]) -> Mapping[str, float]:
+        """The family's own factor on this parameter. One on the input embedding is taken back there; where that is
+        also the output head, the final norm makes up for it."""
+        own = self.adapter.own_factors
+        if role == "embedding":
+            return own.get(role, {}) if name == self.input_embedding else {}
+        if "logits" in sites and self.tied:
+            return {dimension: -exponent for dimension, exponent in own.get("embedding", {}).items()}
+        return own.get(role, {})
 
     def fan(self, name: str, role: str, which: str) -> int | None:
         if role in ("embedding", "bias"):

@@ -63,6 +63,12 @@ def derive_rules(
     init_std: float | None,
     constants: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Rule]:
+    """A `Rule` per parameter of `target`, scaled from its counterpart in `base`.
+
+    Raises:
+        ParameterizationError: a dimension the spec does not scale, a layer or parameter without a counterpart, or a
+            multiplier without a place to go.
+    """
     dims = ("width", "depth", "num_experts", "top_k", "expert_size")
     ratios = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in dims}
     for dim in spec.fixed:
@@ -100,7 +106,9 @@ def _rule(
     def scale(exponents: Mapping[str, float]) -> float:
         return math.prod(own[dim] ** exponent for dim, exponent in exponents.items())
 
-    multiplier, folded = 1.0, []
+    multiplier, folded = 1.0 / scale(info.undo) if spec.init == "base" else 1.0, []
+    if multiplier != 1.0:
+        folded.append("own factor")
     for site in sorted(info.sites):
         if site not in spec.multipliers:
             continue

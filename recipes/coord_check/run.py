@@ -37,6 +37,19 @@ def tiny(family: str) -> tuple[Any, Any]:
     return getattr(module, entry["model_class"]), config_class(**entry["tiny_config"])
 
 
+def proportional(config: Any) -> Any:
+    """The config without leading dense layers: their number stays while depth grows, so that what they add fades."""
+    values = config.to_dict()
+    for key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
+        if key in values:
+            values[key] = 0
+    if values.get("mlp_only_layers"):
+        values["mlp_only_layers"] = []
+    if "mlp_layer_types" in values:
+        values["mlp_layer_types"] = ["sparse"] * len(values["mlp_layer_types"])
+    return type(config).from_dict(values)
+
+
 def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, limit: int) -> dict[str, Any]:
     """All axes and specs of one family: {"axis/spec": {"passed", "slopes", "reasons"} or {"refused": why}}."""
     torch.set_num_threads(1)
@@ -55,14 +68,14 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
             try:
                 with _deadline(left):
                     result = coord_check(
-                        copy.deepcopy(config),
+                        proportional(config) if axis == "depth" else copy.deepcopy(config),
                         base,
                         axis=axis,
                         factors=factors,
                         spec=spec,
                         steps=steps,
                         seeds=seeds,
-                        lr=2**-8,
+                        lr=2**-9,
                         model_class=model_class,
                     )
             except TimeoutError:
@@ -145,8 +158,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/coord_check"))
     parser.add_argument("--families", nargs="*", default=sorted(FAMILIES))
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=int, default=300, help="seconds per family")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()

@@ -1,0 +1,88 @@
+"""What each of two processes does; `test_balance_two_processes.py` starts it with torchrun and judges what it writes.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed.balance_worker FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_param import LoadBalancer
+from tests.models import build, tokens
+
+RATE, STEPS, MICRO = 0.05, 3, 2
+# A native buffer, native parameters (sharded by FSDP2) in the block and in the router, and an injected bias.
+FAMILIES = ("deepseek_v3", "afmoe", "ernie4_5_moe", "qwen3_moe")
+
+
+def batch(step: int, micro: int, rank: int) -> torch.Tensor:
+    return tokens(seed=100 * rank + 10 * step + micro)
+
+
+def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, Any]:
+    model: Any = build(family)
+    if layout == "fsdp":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif layout == "ddp":
+        model = DistributedDataParallel(model, find_unused_parameters=True)
+    # "one rank": a control, in which every process reduces over itself alone.
+    group = None
+    if layout == "one rank":
+        group = [dist.new_group([r]) for r in range(2)][rank]
+    balancer = LoadBalancer(model, rate=RATE, inject=family == "qwen3_moe", process_group=group)
+    indices: list[list[Any]] = [[] for _ in balancer.routes]
+    for route, seen in zip(balancer.routes, indices):
+        route.module.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out[2].tolist()))
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    found: dict[str, Any] = {"steps": [], "sharded": []}
+    for step in range(STEPS):
+        for micro in range(MICRO):
+            ids = batch(step, micro, rank)
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        balancer.step()
+        natives = [route.native for route in balancer.routes]
+        found["sharded"] = [isinstance(t, DTensor) for t in natives]
+        full = [t.full_tensor() if isinstance(t, DTensor) else t for t in natives]
+        found["steps"].append(
+            {
+                "indices": [[row for part in seen for row in part] for seen in indices],
+                "bias": balancer.bias.tolist(),
+                "native": [None if t is None else t.flatten().tolist() for t in full],
+            }
+        )
+        for seen in indices:
+            seen.clear()
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    mesh = init_device_mesh("cpu", (2,))
+    found = {
+        f"{family} {layout}": train(family, layout, mesh, rank) for family in FAMILIES for layout in ("ddp", "fsdp")
+    }
+    found["control"] = train("deepseek_v3", "one rank", mesh, rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
