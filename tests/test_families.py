@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -302,6 +303,21 @@ def shifted_gains(family: str) -> frozenset[str]:
             except (TypeError, AttributeError):  # gated norms take two inputs; they have the plain form
                 continue
     return frozenset(found)
+
+
+@pytest.mark.skipif("gemma4" not in FAMILIES, reason="this transformers has no gemma4")
+@pytest.mark.parametrize(("spec", "exponent"), [("moe-completep", 0.0), ("standard", 0.5)])
+def test_a_familys_own_factor_of_width_is_taken_back(spec: str, exponent: float) -> None:
+    """gemma4 multiplies its embeddings by √width: under our rules they keep their size, under standard they grow."""
+    model_class, _ = classes("gemma4")
+    config, _, _, shape = structure_of("gemma4")
+    sizes = []
+    for width in (shape.width, 4 * shape.width):
+        model = model_class(moe_param.scale_config(config, width=width, model_class=model_class))
+        moe_param.apply(model, shape, seed=0, experts=None, spec=spec)
+        embedded = model.get_input_embeddings()(tokens(100, 4, 32))
+        sizes.append(embedded.square().mean().sqrt().item())
+    assert math.log(sizes[1] / sizes[0], 4) == pytest.approx(exponent, abs=0.05)
 
 
 def test_adapters_name_only_families_that_exist() -> None:
