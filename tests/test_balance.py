@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from moe_param import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
@@ -256,6 +257,36 @@ def test_removing_gives_the_model_back() -> None:
     assert not torch.equal(model(input_ids=tokens()).logits, before)
     balancer.remove()
     assert torch.equal(model(input_ids=tokens()).logits, before)
+
+
+class Waits(TorchDispatchMode):
+    """Operations that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        boolean = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if boolean or name in ("_local_scalar_dense", "nonzero", "equal", "bincount", "masked_select", "unique"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@BOTH
+@torch.no_grad()
+def test_nothing_waits_for_the_device_but_metrics(family: str) -> None:
+    model, balancer = balanced(family)
+    router, gate = balancer.routes[0].module, torch.randn(64, 64)
+    router.train()
+    balancer._before(model.train(), (tokens(),), {"attention_mask": torch.ones(4, 16)})
+    with Waits() as waits:
+        router(gate)
+        balancer.step()
+        assert waits.seen == []
+        assert float(balancer.bias[0, 0]) <= 1 and waits.seen, "the control: reading a number does wait"
+    assert balancer.last_load[0].sum() == 2
 
 
 # -- persistence -------------------------------------------------------------------------------------------------------

@@ -231,8 +231,7 @@ def test_folded_training_equals_explicit_multipliers(family: str) -> None:
     applied in every forward pass. (That the multipliers stand at the right weights is what the tests above show.)"""
     model_class, _ = classes(family)
     config, _, _, shape = structure_of(family)
-    axes = [axis for axis in AXES if (family, axis) not in REFUSED]
-    sizes = {axis: 2 * getattr(shape, axis) for axis in axes}
+    sizes = grown(family, shape)
     model = model_class(moe_param.scale_config(config, **sizes, model_class=model_class)).double().eval()
     parameterization = moe_param.apply(model, shape, seed=0, experts="eager")
     rules, lr, eps = parameterization.rules, 1e-3, 1e-4
@@ -281,13 +280,21 @@ def test_folded_training_equals_explicit_multipliers(family: str) -> None:
     assert any(rule.multiplier != 1.0 for rule in rules.values())
 
 
+def grown(family: str, shape: Shape) -> dict[str, int]:
+    """Every axis doubled that the family has. Where it has a factor √width of its own, width × 4: norms and rotary
+    embeddings of some families round to float32 whatever the mode, and powers of two pass through that unchanged."""
+    sizes = {axis: 2 * getattr(shape, axis) for axis in AXES if (family, axis) not in REFUSED}
+    if adapter_for(structure_of(family)[0]).own_factors:
+        sizes["width"] *= 2
+    return sizes
+
+
 @functools.cache
 def shifted_gains(family: str) -> frozenset[str]:
     """Gains of the form 1 + w, found by running the norm: at w = -1 its output is zero, at w = 0 it is not."""
     model_class, _ = classes(family)
     config, _, _, shape = structure_of(family)
-    axes = [axis for axis in AXES if (family, axis) not in REFUSED]
-    sizes = {axis: 2 * getattr(shape, axis) for axis in axes}
+    sizes = grown(family, shape)
     model = model_class(moe_param.scale_config(config, **sizes, model_class=model_class))
     found = set()
     for name, module in model.named_modules():

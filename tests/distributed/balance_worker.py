@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_param import LoadBalancer
@@ -54,7 +55,8 @@ def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, An
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        balancer.step()
+        with CommDebugMode() as communication:
+            balancer.step()
         natives = [route.native for route in balancer.routes]
         found["sharded"] = [isinstance(t, DTensor) for t in natives]
         full = [t.full_tensor() if isinstance(t, DTensor) else t for t in natives]
@@ -62,6 +64,7 @@ def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, An
             {
                 "indices": [[row for part in seen for row in part] for seen in indices],
                 "bias": balancer.bias.tolist(),
+                "collectives": communication.get_total_counts(),
                 "native": [None if t is None else t.flatten().tolist() for t in full],
             }
         )

@@ -65,6 +65,7 @@ def test_all_ranks_follow_the_load_of_all_tokens(ranks: list[dict[str, Any]], fa
     assert right(runs)
     for run in runs:
         for step in run["steps"]:
+            assert step["collectives"] == 1, "one for all layers, sharded or not"
             assert all(n is None or n == b for n, b in zip(step["native"], step["bias"], strict=True))
             assert all((n is None) == (family == "qwen3_moe") for n in step["native"])
         assert all(run["sharded"]) == (layout == "fsdp" and family in ("afmoe", "ernie4_5_moe"))
