@@ -37,11 +37,14 @@ QUANTITIES = (
     "router_logits",
     "expert_hidden",
     "expert_output",
+    "expert_output_by_up",
     "moe_output",
     "residual",
     "logits",
 )
-"""What is watched. Branch outputs are taken before the forward multiplier that was folded into them."""
+"""What is watched. Branch outputs are taken before the forward multiplier that was folded into them.
+expert_output_by_up is an expert's new hidden units through its initial down projection: the part of its change that
+comes from updating the up projection, which the paper asks to be Θ(1) by itself (Desideratum 3)."""
 
 GROW, VANISH = 0.2, -0.6
 """Verdict: a change may not grow faster than size^0.2. It may fall as size^-0.5 where it is an average of many
@@ -438,6 +441,7 @@ class _Watch:
         self.structure: Structure = read_structure(type(model), model.config)
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.routes: dict[str, torch.Tensor] = {}
+        self.downs: dict[str, torch.Tensor] = {}
         self.modules = dict(model.named_modules())
 
     def run(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
@@ -501,11 +505,13 @@ class _Watch:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
             route = self.routes.setdefault(name, given["top_k_index"].detach().clone())
-            hidden, output = expert_activations(
-                module, given["hidden_states"].reshape(-1, given["hidden_states"].shape[-1]), route
-            )
+            down = self.downs.setdefault(name, module.down_proj.detach().clone())  # type: ignore[operator]
+            tokens = given["hidden_states"].reshape(-1, given["hidden_states"].shape[-1])
+            hidden, output = expert_activations(module, tokens, route)
+            by_up = _per_expert(hidden, down, route.reshape(-1), bool(module.is_transposed))
+            for quantity, value in (("expert_output", output), ("expert_output_by_up", by_up)):
+                self.seen.setdefault(quantity, []).append(value.float() / divide)
             self.seen.setdefault("expert_hidden", []).append(hidden.float())
-            self.seen.setdefault("expert_output", []).append(output.float() / divide)
 
         return hook
 
@@ -527,13 +533,18 @@ def expert_activations(
     first = "gate_up_proj" if experts.has_gate else "up_proj"
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        weight = getattr(experts, name)
-        out = torch.empty(len(x), weight.shape[2 if experts.is_transposed else 1], dtype=x.dtype)
-        for e in index.unique().tolist():
-            rows = index == e
-            out[rows] = x[rows] @ (weight[e] if experts.is_transposed else weight[e].T)
+        out = _per_expert(x, getattr(experts, name), index, experts.is_transposed)
         return out + getattr(experts, f"{name}_bias")[index] if experts.has_bias else out
 
     up = linear(tokens, first)
     hidden = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
     return hidden, linear(hidden, "down_proj")
+
+
+def _per_expert(x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """Row i of `x` through the weight of expert `index[i]`: (rows, out)."""
+    out = x.new_empty(len(x), weight.shape[2 if transposed else 1])
+    for e in index.unique().tolist():
+        rows = index == e
+        out[rows] = x[rows] @ (weight[e] if transposed else weight[e].T)
+    return out

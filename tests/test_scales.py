@@ -78,6 +78,19 @@ def test_initial_expert_output(family: str) -> None:
     assert fan_in == pytest.approx(0.0, abs=0.1)
 
 
+def test_fan_in_initialization_fails_on_expert_size() -> None:
+    """What updating W_up does to an expert's output through W_down as initialized grows under fan-in init, which is
+    what makes Scaling Rule 3 mean-field (Desideratum 3). Seen up to 16 times the base's α = expert_size / width."""
+    config = tiny_config("mixtral", **BASE, **FAMILIES["mixtral"])
+    base = Shape.from_config(config)
+    settings = {"axis": "expert_size", "factors": (1, 4, 16), "steps": 10, "seeds": 2, "lr": 2**-7}
+    fan_in = coord_check(config, base, spec=_fan_in_spec(), **settings)  # type: ignore[arg-type]
+    assert not fan_in.passed
+    assert not fan_in.verdicts["expert_output_by_up"].passed, fan_in.verdicts
+    ours = coord_check(config, base, **settings)  # type: ignore[arg-type]
+    assert ours.passed, ours.verdicts
+
+
 @functools.cache
 def _fan_in_spec() -> ScalingSpec:
     return _Hashable.of(changed("fan-in", expert_down=FAN_IN))

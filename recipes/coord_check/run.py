@@ -46,7 +46,7 @@ def proportional(config: Any) -> Any:
     if values.get("mlp_only_layers"):
         values["mlp_only_layers"] = []
     if "mlp_layer_types" in values:
-        values["mlp_layer_types"] = ["sparse"] * len(values["mlp_layer_types"])
+        values["mlp_layer_types"] = ["sparse" if kind == "dense" else kind for kind in values["mlp_layer_types"]]
     return type(config).from_dict(values)
 
 
@@ -81,8 +81,8 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
             except TimeoutError:
                 found[f"{axis}/{spec}"] = {"refused": f"not finished within {limit} s for the family"}
                 continue
-            except ValueError as error:
-                found[f"{axis}/{spec}"] = {"refused": " ".join(str(error).split())}
+            except Exception as error:  # whatever a family raises belongs in its row
+                found[f"{axis}/{spec}"] = {"refused": f"{type(error).__name__}: {' '.join(str(error).split())}"}
                 continue
             found[f"{axis}/{spec}"] = {
                 "passed": result.passed,
