@@ -4,11 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_param.balance import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
     from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check
     from moe_param.init import WeightsError
     from moe_param.optim import OptimizerError, check_schedule
     from moe_param.parameterization import Parameterization, apply, plan
     from moe_param.roles import RoleError
+    from moe_param.routing import RoutingError
     from moe_param.rules import ParameterizationError, Rule
     from moe_param.shape import Shape, ShapeError, scale_config
     from moe_param.spec import ScalingSpec, SpecError
@@ -18,12 +20,14 @@ __version__ = "0.1.0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {
+    "balance": ("BalanceError", "LoadBalancer", "LoadBalancingCallback", "linear_decay"),
     "coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
     "init": ("WeightsError",),
     "optim": ("OptimizerError", "check_schedule"),
     "parameterization": ("Parameterization", "apply", "plan"),
     "roles": ("RoleError",),
     "rules": ("ParameterizationError", "Rule"),
+    "routing": ("RoutingError",),
     "shape": ("Shape", "ShapeError", "scale_config"),
     "spec": ("ScalingSpec", "SpecError"),
     "trace": ("StructureError",),
@@ -31,12 +35,16 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "BalanceError",
     "CoordCheck",
     "CoordCheckError",
+    "LoadBalancer",
+    "LoadBalancingCallback",
     "OptimizerError",
     "Parameterization",
     "ParameterizationError",
     "RoleError",
+    "RoutingError",
     "Rule",
     "ScalingSpec",
     "Shape",
@@ -47,6 +55,7 @@ __all__ = [
     "apply",
     "check_schedule",
     "coord_check",
+    "linear_decay",
     "plan",
     "scale_config",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from moe_param import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
 from moe_param.balance import FILE
+from moe_param.routing import Gate
+from recipes.bench import balance as bench
 from recipes.data import ByteTokenizer, PackedDataset, stdlib_tokens
 from recipes.pretrain import MoETrainer
 from tests.models import build, tokens
@@ -289,6 +292,44 @@ def test_nothing_waits_for_the_device_but_metrics(family: str) -> None:
     assert balancer.last_load[0].sum() == 2
 
 
+# -- scale -----------------------------------------------------------------------------------------------------------
+def best_rate(num_experts: int, kind: str, rates: list[float]) -> float:
+    """The rate that brings routers with skewed logits to a max-over-mean load of 1.3 in the fewest steps."""
+    top_k = num_experts // 4
+    gate = Gate(kind, True, None, ("mul", 1.0), None, True, top_k) if kind != "probability" else None
+    needed = {}
+    for rate in rates:
+        generator = torch.Generator().manual_seed(num_experts)
+        skew, bias = torch.randn(num_experts, generator=generator), torch.zeros(num_experts)
+        for step in range(40):
+            logits = torch.randn(2048, num_experts, generator=generator) + skew
+            if gate is not None:
+                indices = gate.route(logits, bias, logits.dtype)[1]
+            else:
+                indices = (logits.softmax(-1) + bias).topk(top_k).indices
+            load = torch.bincount(indices.flatten(), minlength=num_experts) / len(logits)
+            needed[rate] = step
+            if load.max() * 4 <= 1.3:
+                break
+            bias -= rate * (load - 1 / 4)
+    return min(rates, key=lambda rate: needed[rate])
+
+
+def test_the_best_rate_stays_across_expert_counts() -> None:
+    """At fixed sparsity: on sigmoid scores and on softmax logits, not on softmax probabilities."""
+    spread = {}
+    for kind, rates in {
+        "sigmoid": [0.25, 0.5, 1.0, 2.0],
+        "softmax": [1.0, 2.0, 4.0, 8.0],
+        "probability": [2.0**-7, 2.0**-6, 2.0**-2, 2.0**-1],
+    }.items():
+        counts = (8, 32) if kind == "probability" else (8, 32, 128)  # at 128 no rate balances probabilities
+        best = [best_rate(num_experts, kind, rates) for num_experts in counts]
+        spread[kind] = max(best) / min(best)
+    assert spread["sigmoid"] <= 2 and spread["softmax"] <= 2
+    assert spread["probability"] >= 8
+
+
 # -- persistence -------------------------------------------------------------------------------------------------------
 @BOTH
 def test_a_resumed_run_is_the_same_run(family: str, tmp_path: Path) -> None:
@@ -350,7 +391,7 @@ def test_imbalance_falls_with_the_callback_and_only_with_it(family: str, tmp_pat
     worst, losses = {}, {}
     for rate in (0.0, 0.1 if family == INJECTED else 0.03):
         callback = LoadBalancingCallback(rate, inject=family == INJECTED)
-        trainer = fit(family, tmp_path, text, callback, max_steps=120, per_device_train_batch_size=8)
+        trainer = fit(family, tmp_path, text, callback, max_steps=100, per_device_train_batch_size=8)
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert all({"moe/max_over_mean", "moe/starved", "moe/bias_range"} <= entry.keys() for entry in logged)
         assert any(key.startswith("moe/entropy/model.layers.") for key in logged[0])
@@ -400,3 +441,11 @@ def test_a_skipped_step_moves_no_bias(tmp_path: Path) -> None:
     model.train()(input_ids=tokens())
     callback.on_optimizer_step(arguments, state, control, optimizer=SimpleNamespace(step_was_skipped=False))
     assert balancer.bias.any() and balancer.steps == 1
+
+
+@pytest.mark.slow
+def test_smallest_bench(tmp_path: Path) -> None:
+    bench.main(["--smallest", "--device", "cpu", "--out", str(tmp_path / "balance.json")])
+    report = json.loads((tmp_path / "balance.json").read_text())
+    assert [result["name"] for result in report["results"]] == ["native bias, cpu", "injected bias, cpu"]
+    assert all(result["target"] == 1.02 and result["ratio"] > 0 for result in report["results"])

@@ -118,17 +118,31 @@ def test_injection_has_to_be_asked_for(family: str) -> None:
         LoadBalancer(build(family), rate=0.1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", [*INJECTED, "mistral4", "flint", "openai_privacy_filter"])
-def test_a_zero_injected_bias_changes_no_gradient(family: str, dtype: torch.dtype) -> None:
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in (*INJECTED, "mistral4", "flint", "openai_privacy_filter", "cohere2_moe")},
+    "normalized": ("qwen3_moe", {"norm_topk_prob": True}),
+    "three of eight": ("openai_privacy_filter", {"num_experts_per_tok": 3}),
+    "scaled": ("deepseek_v2", {"routed_scaling_factor": 2.5}),
+    "scaled and normalized": ("mistral4", {"routed_scaling_factor": 2.5, "norm_topk_prob": True}),
+    "sigmoid": ("cohere2_moe", {"expert_selection_fn": "sigmoid", "norm_topk_prob": True}),
+}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_zero_injected_bias_changes_no_gradient(variant: str, precision: str) -> None:
+    family, changes = VARIANTS[variant]
     if family not in FAMILIES:
         pytest.skip("not in this transformers")
     gradients = []
     for inject in (False, True):
-        model = build(family).to(dtype).train()
+        model = build(family, **changes).train()
+        if precision == "bfloat16":
+            model.to(torch.bfloat16)
         if inject:
             LoadBalancer(model, rate=0.1, inject=True)
-        run(model).float().square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            run(model).float().square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
