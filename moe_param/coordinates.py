@@ -498,8 +498,8 @@ class _Watch:
         return hooks
 
     def _router_of(self, owner: str) -> str:
-        routers = [name for name in self.structure.routers if owner == name or owner.startswith(name + ".")]
-        return routers[0]
+        """The router module a router's weight is in; the weight's own module where no tokens were seen in it."""
+        return next((n for n in self.structure.routers if owner == n or owner.startswith(n + ".")), owner)
 
     def _keep_experts(self, name: str, divide: float) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -98,6 +99,7 @@ _WIDTH = r"hidden_size|d_model"
 _HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads"
 _RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_size"
 _DEPTH = r"num_hidden_layers"
+_LAST_LAYER = r"\w*layer_end_index"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
 _TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
 _GROUPS = r"n_group"  # of experts, in routers that choose groups first
@@ -130,7 +132,8 @@ def scale_config(
             scaled config whose model does not have the sizes asked for.
     """
     model_class = model_class or model_class_for(config)
-    old = measure(*trace_model(model_class, config))
+    source, trace = trace_model(model_class, config)
+    old = measure(source, trace)
     asked = {
         "width": width,
         "depth": depth,
@@ -180,9 +183,12 @@ def scale_config(
                 values[key] = {str(i): v for i, v in enumerate(_repattern(each, new.depth, key)) if v is not None}
             elif re.fullmatch(_DEPTH, key):
                 values[key] = new.depth
+            elif re.fullmatch(_LAST_LAYER, key) and value == old.depth - 1:
+                values[key] = new.depth - 1
     try:
         scaled = type(config).from_dict(values)
-        got = measure(*trace_model(model_class, scaled))
+        model, trace = trace_model(model_class, scaled)
+        got = measure(model, trace)
     except Exception as error:
         raise ShapeError(
             f"{type(config).__name__} at {sizes} builds no working model: {type(error).__name__}: {error}"
@@ -192,7 +198,18 @@ def scale_config(
             f"{type(config).__name__} does not scale as asked: wanted {new}, the scaled config builds {got}. "
             "A size that scale_config does not know decides this family's shape; pass a config instead of a Shape."
         )
+    before, after = (depth - _moe_layers(m) for depth, m in ((old.depth, source), (new.depth, model)))
+    if after > max(before, math.ceil(before * ratio["depth"])):
+        raise ShapeError(
+            f"{type(config).__name__} at depth {new.depth} has {after} layers without experts, the original {before} "
+            f"of {old.depth}: an attribute that scale_config does not know decides where experts are; pass a config"
+        )
     return scaled
+
+
+def _moe_layers(model: PreTrainedModel) -> int:
+    """Decoder layers with routed experts."""
+    return sum(any(is_experts(m) for m in layer.modules()) for layer in find_layers(model)[1])
 
 
 def _scalable(value: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from moe_param import Shape, ShapeError, StructureError, scale_config
+from moe_param.trace import find_layers, is_experts
 from tests.models import CORE, build, tiny_config, tokens
 
 # What a family calls its sizes, from its configuration file: experts, top_k, expert size, then what scales with width
@@ -118,7 +119,7 @@ def test_every_axis_doubles_and_halves(family: str) -> None:
         changed = {key for key in before | after if before.get(key) != after.get(key)}
         if axis == "depth":
             assert depth(scaled) == 2 * depth(config)
-            assert changed <= {"num_hidden_layers", "layer_types", "layers_block_type"}
+            assert changed <= {"num_hidden_layers", "layer_types", "layers_block_type", "moe_layer_end_index"}
         else:
             assert changed == expected[axis], axis
             assert all(after[key] == 2 * before[key] for key in changed)
@@ -230,3 +231,14 @@ def test_what_does_not_divide(family: str, sizes: dict[str, Any], complaint: str
         with pytest.raises(ShapeError, match=complaint):
             scale_config(config, **sizes)
     assert plain(config) == before
+
+
+def test_depth_does_not_turn_moe_layers_into_dense_ones() -> None:
+    """ernie4_5_moe records the last MoE layer as a number: it moves with the depth."""
+    config = tiny_config("ernie4_5_moe")
+    deeper = scale_config(config, depth=16)
+    model = build("ernie4_5_moe", deeper)
+    assert sum(any(is_experts(m) for m in layer.modules()) for layer in find_layers(model)[1]) == 15
+    config.moe_layer_end_index = 2  # an end that is not the last layer: nobody can tell where it should move
+    with pytest.raises(ShapeError, match="without experts"):
+        scale_config(config, depth=16)
