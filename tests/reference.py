@@ -1,6 +1,6 @@
 """The parameterization written the other way round, by hand: explicit forward multipliers on unfolded weights.
 
-Independent of moe_param: which tensor belongs to which line of MATH's tables is written out by name for the families
+Independent of moe_param: which tensor is on which line of the papers' tables is written out by name for families
 tested, and the multipliers are hooks on the running model.
 """
 

@@ -14,7 +14,7 @@ from moe_param import ScalingSpec
 from tests.models import build, tiny_config, tokens
 from tests.test_scales import BASE, FAMILIES, _Hashable, changed
 
-# The exponents of MATH.md's table of gradient scales, unfolded: {role: {axis: exponent}}; top_k follows num_experts.
+# Gradient scales as derived from the papers' desiderata, unfolded: {role: {axis: exponent}}; top_k follows num_experts.
 EXPECTED = {
     "embedding": {"width": -1, "depth": 0, "num_experts": 0, "expert_size": 0},
     "attention_out": {"width": -1, "depth": -1, "num_experts": 0, "expert_size": 0},
