@@ -146,9 +146,8 @@ class _Reader:
             return self.norm_role(name)
         if owner in self.experts:
             return "expert_down" if leaf.startswith("down") else "expert_up"
-        relative = name if self.layer_of(name) is None else name[len(f"{self.stack}.{self.layer_of(name)}.") :]
         for pattern, role in self.adapter.roles.items():
-            if re.fullmatch(pattern, relative):
+            if re.fullmatch(pattern, self.relative(name)):
                 return role
         if name not in self.trace.used:
             return None
@@ -186,6 +185,10 @@ class _Reader:
         if not name.startswith(self.stack + "."):
             return None
         return int(name[len(self.stack) + 1 :].partition(".")[0])
+
+    def relative(self, name: str) -> str:
+        layer = self.layer_of(name)
+        return name if layer is None else name[len(f"{self.stack}.{layer}.") :]
 
     def ancestors(self, name: str) -> list[str]:
         """Modules that hold a parameter inside its decoder layer, innermost first, the layer itself left out."""
@@ -251,7 +254,7 @@ class _Reader:
             of=self.role(weight) if weight is not None else None,
             offset=name in trace.offset_gains,
             layer=layer,
-            relative=name if layer is None else name[len(f"{self.stack}.{layer}.") :],
+            relative=self.relative(name),
             sites=frozenset(sites),
             head_dim=attention.head_dim if attention else None,
             scaling=scaling,

@@ -7,7 +7,6 @@ learning rate and multiplier are degrees of freedom).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -77,12 +76,12 @@ def derive_rules(
                 f"spec {spec.name} does not scale {dim}: base {getattr(base.shape, dim)}, "
                 f"target {getattr(target.shape, dim)}"
             )
-    _check_gaps(spec, base, target, ratios)
     counterparts = _counterparts(base, target)
-    rules = {}
-    for name, info in target.parameters.items():
-        rules[name] = _rule(spec, ratios, base.parameters[counterparts[name]], info, init_std, constants)
-    return rules
+    pairs = {name: (base.parameters[counterparts[name]], info) for name, info in target.parameters.items()}
+    # Where no queries were seen, a head_dim shows in the factor that transformers puts on the attention logits.
+    moved = any(b.head_dim != t.head_dim or b.scaling != t.scaling for b, t in pairs.values())
+    _check_gaps(spec, base, target, ratios, moved)
+    return {name: _rule(spec, ratios, b, t, init_std, constants) for name, (b, t) in pairs.items()}
 
 
 def _rule(
@@ -181,15 +180,12 @@ def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
     return found
 
 
-def _check_gaps(spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float]) -> None:
-    head_dims = {
-        (b.head_dim, t.head_dim)
-        for b, t in itertools.product(base.parameters.values(), target.parameters.values())
-        if b.relative == t.relative and b.head_dim and t.head_dim
-    }
-    moved = dict(ratios, head_dim=1.0 if all(b == t for b, t in head_dims) else 2.0)
+def _check_gaps(
+    spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float], head_dim_moved: bool
+) -> None:
+    moved = {dim for dim, ratio in ratios.items() if ratio != 1.0} | ({"head_dim"} if head_dim_moved else set())
     for site, reason in {**base.gaps, **target.gaps}.items():
-        used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and moved.get(dim, 1.0) != 1.0]
+        used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and dim in moved]
         if used:
             raise ParameterizationError(
                 f"spec {spec.name} multiplies the {site} when {used[0]} changes, and in "

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moe_param
+from moe_param import ParameterizationError
 from moe_param.adapters import adapter_for, adapters
 from moe_param.roles import Structure, read_structure
 from moe_param.shape import Shape, measure
@@ -180,8 +181,13 @@ NO_QUERY_FOLD = {
 
 @pytest.mark.parametrize("family", sorted(set(NO_QUERY_FOLD) & set(FAMILIES)))
 def test_head_dim_cannot_change_where_queries_cannot_be_scaled(family: str) -> None:
-    _, structure, _, _ = structure_of(family)
+    config, structure, _, _ = structure_of(family)
     assert NO_QUERY_FOLD[family] in structure.gaps["attention_logits"]
+    smaller = {"qk_nope_head_dim": 8} if hasattr(config, "qk_nope_head_dim") else {"head_dim": 16}
+    model_class, _ = classes(family)
+    with pytest.raises(ParameterizationError, match=NO_QUERY_FOLD[family]):
+        moe_param.plan(model_class, config, tiny_config(family, **smaller))
+    moe_param.plan(model_class, config, tiny_config(family))  # nothing to fold at the base's own head_dim
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NO_QUERY_FOLD)))

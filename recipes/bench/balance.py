@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +21,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfi
 
 from moe_param import LoadBalancer
 from recipes.bench.overhead import compare, ratio
-from recipes.report import hardware, versions
+from recipes.report import bench_report
 
 DESCRIPTION = "What load balancing costs: training steps with LoadBalancer over steps without."
 TARGETS = {"cpu": 1.02, "cuda": 1.005}
@@ -124,17 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(
             f"{result['ratio']:.3f}  (target {result['target']}, noise {result['noise']})  {result['name']}", flush=True
         )
-    report = {
-        "command": shlex.join(["python", "-m", "recipes.bench.balance", *(sys.argv[1:] if argv is None else argv)]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "smallest": arguments.smallest,
-        "results": results,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return report
+    return bench_report("recipes.bench.balance", argv, arguments.smallest, results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, T
 from transformers.optimization import get_constant_schedule_with_warmup
 
 import moe_param
-from recipes.report import hardware, versions
+from recipes.report import bench_report
 
 DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
 
@@ -291,17 +290,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             result["passed"] = None if target is None else result["ratio"] <= target
             results.append(result)
             print(f"{result['ratio']:.3f}  (target {target or 'none'})  {result['name']}", flush=True)
-    report = {
-        "command": shlex.join(["python", "-m", "recipes.bench.overhead", *(sys.argv[1:] if argv is None else argv)]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "smallest": arguments.smallest,
-        "results": results,
-    }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return report
+    return bench_report("recipes.bench.overhead", argv, arguments.smallest, results, arguments.out)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +9,14 @@ import pytest
 import torch
 
 from tests.distributed.balance_worker import FAMILIES, RATE, STEPS
+from tests.distributed.launch import two_processes
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("two processes, balance")  # one launch, not one per worker
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.distributed.balance_worker", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return two_processes("tests.distributed.balance_worker", tmp_path_factory.mktemp("ranks"))
 
 
 def update(indices: list[list[list[int]]], num_experts: int) -> torch.Tensor:
