@@ -116,8 +116,8 @@ def coord_check_command(
         from rich.console import Console
         from rich.table import Table
 
-        from moe_param.coordinates import AXES as CHECKED
         from moe_param.coordinates import coord_check
+        from moe_param.shape import AXES as CHECKED
         from moe_param.shape import Shape
 
         config = _load_config(config_source)

@@ -25,11 +25,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.parameterization import Parameterization, apply
 from moe_param.roles import Structure, read_structure
-from moe_param.shape import Shape, ShapeError, scale_config
+from moe_param.shape import AXES, Shape, ShapeError, scale_config
 from moe_param.spec import ScalingSpec
 from moe_param.trace import is_experts, model_class_for
-
-AXES = ("width", "depth", "num_experts", "expert_size")
 
 QUANTITIES = (
     "embedding",
@@ -265,11 +263,8 @@ def coord_check(
     model_class = model_class or model_class_for(config)
     jobs = []
     for factor in sorted(set(factors)):
-        size = getattr(base_shape, axis) * factor
-        if size != int(size):
-            raise CoordCheckError(f"{axis} × {factor:g} = {size:g} is not whole")
         try:
-            sizes = _sizes(base_shape, axis, int(size))
+            sizes = {k: v for k, v in asdict(base_shape.along(axis, factor)).items() if k != "head_dim"}
             scaled = scale_config(config, **sizes, model_class=model_class)
         except ShapeError as error:
             raise CoordCheckError(f"{axis} × {factor:g}: {error}") from error
@@ -295,22 +290,6 @@ def coord_check(
     result = CoordCheck(axis, tuple(sorted(set(factors))), table.name, base_shape)
     result.records = _run_all(jobs, processes, Path(resume) if resume else None, signature, progress)
     return result
-
-
-def _sizes(base: Shape, axis: str, size: int) -> dict[str, int]:
-    sizes = {k: v for k, v in asdict(base).items() if k != "head_dim"}
-    sizes[axis] = size
-    if axis == "width":  # α = expert_size / width is fixed, as on the paper's width axis
-        expert_size = base.expert_size * size / base.width
-        if expert_size != int(expert_size):
-            raise ShapeError(f"expert_size would be {expert_size:g} at width {size}")
-        sizes["expert_size"] = int(expert_size)
-    if axis == "num_experts":
-        top_k = base.top_k * size / base.num_experts
-        if top_k != int(top_k):
-            raise ShapeError(f"top_k would be {top_k:g} at {size} experts")
-        sizes["top_k"] = int(top_k)
-    return sizes
 
 
 def _random_batch(config: PretrainedConfig, seed: int) -> torch.Tensor:

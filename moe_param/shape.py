@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,6 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.adapters import adapter_for
 from moe_param.trace import StructureError, Trace, find_layers, is_experts, model_class_for, trace_model
+
+AXES = ("width", "depth", "num_experts", "expert_size")
+"""What is scaled one at a time."""
 
 
 class ShapeError(ValueError):
@@ -52,6 +55,23 @@ class Shape:
     def sparsity(self) -> Fraction:
         """κ = top_k / num_experts, which the paper holds fixed along every transfer (Section 3.2)."""
         return Fraction(self.top_k, self.num_experts)
+
+    def along(self, axis: str, factor: float) -> Shape:
+        """This shape with one size multiplied, as the paper moves along its axes: with the width, expert_size (its
+        α = expert_size/width is fixed), with num_experts, top_k (the sparsity is fixed). head_dim stays.
+
+        Raises:
+            ShapeError: an unknown axis, a size that would not be whole.
+        """
+        if axis not in AXES:
+            raise ShapeError(f"unknown axis {axis!r} (valid: {', '.join(AXES)})")
+        sizes = {}
+        for name in (axis, *{"width": ("expert_size",), "num_experts": ("top_k",)}.get(axis, ())):
+            size = getattr(self, name) * factor
+            if size != int(size):
+                raise ShapeError(f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole")
+            sizes[name] = int(size)
+        return replace(self, **sizes)
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> Shape:

@@ -54,7 +54,8 @@ def config_from(values: dict[str, Any]) -> PretrainedConfig:
 
 
 @functools.cache
-def _data(seq_len: int, validation_blocks: int) -> tuple[PackedDataset, PackedDataset]:
+def corpus(seq_len: int, validation_blocks: int = 256) -> tuple[PackedDataset, PackedDataset]:
+    """(training, held-out) blocks of the standard library's sources."""
     train, held_out = stdlib_tokens(ByteTokenizer())
     return PackedDataset(train, seq_len), PackedDataset(held_out, seq_len, max_blocks=validation_blocks)
 
@@ -67,7 +68,7 @@ def factor(run: ShortRun, step: int) -> float:
 
 def train(run: ShortRun) -> Outcome:
     """Train, validate."""
-    training, validation = _data(run.seq_len, run.validation_blocks)
+    training, validation = corpus(run.seq_len, run.validation_blocks)
     if run.steps * run.batch_size > len(training):
         raise InputError(f"{run.steps} steps need more than one epoch of stdlib: fewer steps or a smaller batch_size")
     transformers.set_seed(run.seed)

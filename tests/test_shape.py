@@ -242,3 +242,18 @@ def test_depth_does_not_turn_moe_layers_into_dense_ones() -> None:
     config.moe_layer_end_index = 2  # an end that is not the last layer: nobody can tell where it should move
     with pytest.raises(ShapeError, match="without experts"):
         scale_config(config, depth=16)
+
+
+def test_along_moves_what_the_paper_moves() -> None:
+    """Its α = expert_size/width and its sparsity are fixed on the axes of width and expert count."""
+    base = Shape(width=64, depth=2, num_experts=8, top_k=2, expert_size=32, head_dim=16)
+    assert base.along("width", 4) == Shape(width=256, depth=2, num_experts=8, top_k=2, expert_size=128, head_dim=16)
+    assert base.along("depth", 1.5) == Shape(width=64, depth=3, num_experts=8, top_k=2, expert_size=32, head_dim=16)
+    assert base.along("num_experts", 4).sparsity == base.sparsity
+    assert base.along("expert_size", 0.5) == Shape(
+        width=64, depth=2, num_experts=8, top_k=2, expert_size=16, head_dim=16
+    )
+    with pytest.raises(ShapeError, match=r"top_k would be 2\.5"):
+        base.along("num_experts", 1.25)
+    with pytest.raises(ShapeError, match="unknown axis 'top_k'"):
+        base.along("top_k", 2)

@@ -24,8 +24,9 @@ import torch
 import transformers
 from rich.progress import track
 
+from moe_param.shape import AXES
+
 SPECS = ("moe-completep", "standard")
-AXES = ("width", "depth", "num_experts", "expert_size")
 FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
 
 
