@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from moe_param import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
@@ -152,6 +155,19 @@ def test_checkpointing_changes_nothing(family: str, reentrant: bool) -> None:
     model, balancer = balanced(family)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
+    recorder = Recorder(balancer)
+    assert torch.equal(trained(model, balancer, micro=2), plain)
+    assert len(recorder.indices[0]) == 3 * 2 * 2, "the router does run twice"
+
+
+@BOTH
+def test_selective_checkpointing_changes_nothing(family: str) -> None:
+    """What is kept and what is computed again differs between operations; the router's are among the latter."""
+    plain = trained(*balanced(family), micro=2)
+    kept = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    model, balancer = balanced(family)
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
     recorder = Recorder(balancer)
     assert torch.equal(trained(model, balancer, micro=2), plain)
     assert len(recorder.indices[0]) == 3 * 2 * 2, "the router does run twice"
@@ -427,20 +443,34 @@ def test_a_resumed_trainer_goes_on_bit_for_bit(family: str, tmp_path: Path, text
         assert again.balancer is not None and torch.equal(again.balancer.bias, whole.balancer.bias)
 
 
-def test_a_skipped_step_moves_no_bias(tmp_path: Path) -> None:
-    model = build(NATIVE)
+def test_a_step_that_float16_skips_moves_no_bias(tmp_path: Path) -> None:
+    """A real gradient scaler, a real overflow: neither weights nor biases move; the next step moves both."""
+    model = build(NATIVE).train()
     callback = LoadBalancingCallback(RATE)
     arguments = TrainingArguments(str(tmp_path), use_cpu=True)
     state, control = TrainerState(), TrainerControl()
     callback.on_train_begin(arguments, state, control, model=model)
     balancer = callback.balancer
     assert balancer is not None
-    model.train()(input_ids=tokens())
-    callback.on_optimizer_step(arguments, state, control, optimizer=SimpleNamespace(step_was_skipped=True))
-    assert not balancer.bias.any() and not balancer.counts.any() and balancer.steps == 0
-    model.train()(input_ids=tokens())
-    callback.on_optimizer_step(arguments, state, control, optimizer=SimpleNamespace(step_was_skipped=False))
-    assert balancer.bias.any() and balancer.steps == 1
+    weight = model.lm_head.weight
+    Accelerator(cpu=True)  # the optimizer wrapper below wants its state
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = AcceleratedOptimizer(sgd, scaler=scaler)
+    for skipped in (True, False):
+        before = weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            loss = model(input_ids=tokens(), labels=tokens()).loss
+        scaler.scale(loss).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        callback.on_optimizer_step(arguments, state, control, optimizer=optimizer)
+        assert optimizer.step_was_skipped is skipped
+        assert torch.equal(before, weight) is skipped
+        assert bool(balancer.bias.any()) is not skipped
+        assert not balancer.counts.any(), "what was counted for a skipped step does not go into the next"
+        assert balancer.steps == (not skipped)
+        scaler.update(new_scale=1.0)
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""What each of two processes does; `test_balance_two_processes.py` starts it with torchrun and judges what it writes.
+"""What each process does; `test_balance_processes.py` starts it with torchrun and judges what it writes.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.distributed.balance_worker FOLDER
+python -m torch.distributed.run --standalone --nproc-per-node 4 -m tests.distributed.balance_worker FOLDER
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, An
     # "one rank": a control, in which every process reduces over itself alone.
     group = None
     if layout == "one rank":
-        group = [dist.new_group([r]) for r in range(2)][rank]
+        group = [dist.new_group([r]) for r in range(dist.get_world_size())][rank]
     balancer = LoadBalancer(model, rate=RATE, inject=family == "qwen3_moe", process_group=group)
     indices: list[list[Any]] = [[] for _ in balancer.routes]
     for route, seen in zip(balancer.routes, indices):
@@ -77,7 +77,7 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = {
         f"{family} {layout}": train(family, layout, mesh, rank) for family in FAMILIES for layout in ("ddp", "fsdp")
     }

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) of a worker module, and what each of them wrote."""
+"""Real processes (gloo) of a worker module, and what each of them wrote."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
-def two_processes(module: str, folder: Path) -> list[dict[str, Any]]:
-    """Runs `python -m module folder` under torchrun; the module writes rank0.json and rank1.json into the folder."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def processes(module: str, folder: Path, count: int = 2) -> list[dict[str, Any]]:
+    """Runs `python -m module folder` under torchrun; the module writes rank0.json, rank1.json, … into the folder."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = subprocess.run(
         [sys.executable, *launch, "-m", module, str(folder)],
         cwd=Path(__file__).parents[2],
@@ -22,4 +22,4 @@ def two_processes(module: str, folder: Path) -> list[dict[str, Any]]:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed import worker
-from tests.distributed.launch import two_processes
+from tests.distributed.launch import processes
 
 pytestmark = pytest.mark.xdist_group("two processes")  # with --dist loadgroup: one launch, not one per worker
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return two_processes("tests.distributed.worker", tmp_path_factory.mktemp("ranks"))
+    return processes("tests.distributed.worker", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

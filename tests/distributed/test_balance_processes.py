@@ -1,22 +1,21 @@
-"""Two real processes (gloo) with different data: one bias everywhere, moved by the load of all tokens."""
+"""Two and four real processes (gloo) with different data: one bias everywhere, moved by the load of all tokens."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.distributed.balance_worker import FAMILIES, RATE, STEPS
-from tests.distributed.launch import two_processes
+from tests.distributed.launch import processes
 
-pytestmark = pytest.mark.xdist_group("two processes, balance")  # one launch, not one per worker
+pytestmark = pytest.mark.xdist_group("processes, balance")  # one launch, not one per worker
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return two_processes("tests.distributed.balance_worker", tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return processes("tests.distributed.balance_worker", tmp_path_factory.mktemp("ranks"), request.param)
 
 
 def update(indices: list[list[list[int]]], num_experts: int) -> torch.Tensor:
@@ -29,13 +28,14 @@ def update(indices: list[list[list[int]]], num_experts: int) -> torch.Tensor:
 
 
 def right(runs: list[dict[str, Any]]) -> bool:
-    """Whether both ranks hold, after every step, the biases that eq. 2 gives for the tokens of both."""
+    """Whether all ranks hold, after every step, the biases that eq. 2 gives for the tokens of all."""
     before = torch.zeros(len(runs[0]["steps"][0]["bias"]), len(runs[0]["steps"][0]["bias"][0]), dtype=torch.float64)
-    for first, second in zip(runs[0]["steps"], runs[1]["steps"], strict=True):
-        if first["bias"] != second["bias"]:
+    for steps in zip(*(run["steps"] for run in runs), strict=True):
+        if any(step["bias"] != steps[0]["bias"] for step in steps):
             return False
-        merged = [a + b for a, b in zip(first["indices"], second["indices"], strict=True)]
-        bias = torch.tensor(first["bias"], dtype=torch.float64)
+        layers = zip(*(step["indices"] for step in steps), strict=True)
+        merged = [[row for part in layer for row in part] for layer in layers]
+        bias = torch.tensor(steps[0]["bias"], dtype=torch.float64)
         if not torch.allclose(bias, before + update(merged, bias.shape[-1]), rtol=0, atol=1e-7):
             return False
         before = bias
