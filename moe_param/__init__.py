@@ -3,9 +3,13 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from moe_param.registration import register_experts
+
 if TYPE_CHECKING:
     from moe_param.balance import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
+    from moe_param.clipping import ScaleFreeClipping, clip_grad_norm_
     from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check
+    from moe_param.horizon import HorizonError, HorizonFactors, horizon_factors
     from moe_param.init import WeightsError
     from moe_param.optim import OptimizerError, check_schedule
     from moe_param.parameterization import Parameterization, apply, plan
@@ -15,13 +19,16 @@ if TYPE_CHECKING:
     from moe_param.shape import Shape, ShapeError, scale_config
     from moe_param.spec import ScalingSpec, SpecError
     from moe_param.trace import StructureError
+    from moe_param.tuned import Tuned, TunedError, read_tuned
 
 __version__ = "0.1.0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {
     "balance": ("BalanceError", "LoadBalancer", "LoadBalancingCallback", "linear_decay"),
+    "clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
     "coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
+    "horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
     "init": ("WeightsError",),
     "optim": ("OptimizerError", "check_schedule"),
     "parameterization": ("Parameterization", "apply", "plan"),
@@ -31,6 +38,7 @@ _NAMES = {
     "shape": ("Shape", "ShapeError", "scale_config"),
     "spec": ("ScalingSpec", "SpecError"),
     "trace": ("StructureError",),
+    "tuned": ("Tuned", "TunedError", "read_tuned"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -38,6 +46,8 @@ __all__ = [
     "BalanceError",
     "CoordCheck",
     "CoordCheckError",
+    "HorizonError",
+    "HorizonFactors",
     "LoadBalancer",
     "LoadBalancingCallback",
     "OptimizerError",
@@ -46,17 +56,23 @@ __all__ = [
     "RoleError",
     "RoutingError",
     "Rule",
+    "ScaleFreeClipping",
     "ScalingSpec",
     "Shape",
     "ShapeError",
     "SpecError",
     "StructureError",
+    "Tuned",
+    "TunedError",
     "WeightsError",
     "apply",
     "check_schedule",
+    "clip_grad_norm_",
     "coord_check",
+    "horizon_factors",
     "linear_decay",
     "plan",
+    "read_tuned",
     "scale_config",
 ]
 
@@ -71,3 +87,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_experts()  # "megablocks", wherever transformers takes an experts_implementation

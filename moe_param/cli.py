@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_param.parameterization import Parameterization
 
 AXES = ("width", "depth", "num_experts", "top_k", "expert_size")
+YAML = (".yaml", ".yml")
 
 app = typer.Typer(
     name="moe-param", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True
@@ -35,8 +36,8 @@ def explain(
         str,
         typer.Argument(
             metavar="MODEL_OR_CONFIG",
-            help="Folder of a checkpoint, path of a config.json, id on the Hub, or a transformers model type "
-            "(`mixtral`: its default config).",
+            help="Folder of a checkpoint, path of a config.json, id on the Hub, a transformers model type (`mixtral`: "
+            "its default config), or the YAML file of a sweep, whose model and numbers are then the base.",
         ),
     ],
     base: Annotated[
@@ -70,8 +71,9 @@ def explain(
         config = _load_config(model)
         options = {"--target": target, "--spec": spec, "--init-std": init_std}
         given = [name for name, value in options.items() if value is not None]
-        if base is not None:
-            parameterization = _plan(config, base, target, spec or "moe-completep", init_std, allow_sparsity_change)
+        tuned = Path(model) if Path(model).suffix in YAML else None
+        if base is not None or tuned is not None:
+            parameterization = _plan(config, base or tuned, target, spec, init_std, allow_sparsity_change)
         elif getattr(config, "moe_param", None) is None:
             raise ValueError(
                 f"{model} is not parameterized yet: give the shape its hyperparameters were found at, "
@@ -86,7 +88,7 @@ def explain(
             from moe_param.parameterization import Parameterization
 
             parameterization = Parameterization.from_dict(config.moe_param)
-        _show(parameterization, config, recorded=base is None, as_json=as_json, full=full)
+        _show(parameterization, config, recorded=base is None and tuned is None, as_json=as_json, full=full)
 
 
 @app.command("coord-check")
@@ -173,20 +175,20 @@ def coord_check_command(
 
 def _plan(
     config: PretrainedConfig,
-    base: str,
+    base: str | Path | None,
     target: str | None,
-    spec: str,
+    spec: str | None,
     init_std: float | None,
     allow_sparsity_change: bool,
 ) -> Parameterization:
-    from moe_param.parameterization import plan
+    from moe_param.parameterization import DEFAULT_SPEC, plan
     from moe_param.trace import model_class_for
 
     return plan(
         model_class_for(config),
         _scaled(config, "--target", target) if target is not None else config,
-        _scaled(config, "--base", base),
-        spec=spec,
+        _scaled(config, "--base", base) if isinstance(base, str) else base,  # type: ignore[arg-type]
+        spec=spec or DEFAULT_SPEC,
         init_std=init_std,
         allow_sparsity_change=allow_sparsity_change,
     )
@@ -219,6 +221,10 @@ def _load_config(source: str) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(source)
+    if path.suffix in YAML:
+        from moe_param.tuned import read_tuned
+
+        return read_tuned(path).base
     if not path.exists():
         if source in CONFIG_MAPPING:
             return AutoConfig.for_model(source)

@@ -23,11 +23,14 @@ from moe_param.roles import UNTRAINED, read_structure
 from moe_param.rules import ParameterizationError, Rule, derive_rules
 from moe_param.shape import Shape, ShapeError, scale_config
 from moe_param.spec import ROLES, ScalingSpec
+from moe_param.tuned import read_tuned
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what `Parameterization.to_dict` writes."""
+
+DEFAULT_SPEC = "moe-completep"
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,33 @@ class Parameterization:
 
     # -- training ----------------------------------------------------------------------------------------------
     def param_groups(
-        self, model: torch.nn.Module, *, lr: float, eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay: str = "independent",
+        steps: int | None = None,
+        base_steps: int | None = None,
+        batch_ratio: float = 1.0,
+        tokens_ratio: float = 1.0,
+        betas: tuple[float, float] | None = None,
     ) -> list[dict[str, Any]]:
         """Optimizer groups for `model`, wrapped or sharded or not; see `moe_param.optim.param_groups`."""
-        return optim.param_groups(self.rules, model, lr=lr, eps=eps, weight_decay=weight_decay)
+        return optim.param_groups(
+            self.rules,
+            model,
+            lr=lr,
+            eps=eps,
+            weight_decay=weight_decay,
+            decay=decay,
+            steps=steps,
+            base_steps=base_steps,
+            batch_ratio=batch_ratio,
+            tokens_ratio=tokens_ratio,
+            betas=betas,
+        )
 
     def optimizer_factory(self, optimizer_class: type[torch.optim.Optimizer]) -> type:
         """For `Trainer(optimizer_cls_and_kwargs=(factory, {"lr": …}))`; see `moe_param.optim.optimizer_factory`."""
@@ -203,10 +229,10 @@ class Parameterization:
 def plan(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
-    base_shape: Shape | PretrainedConfig,
+    base_shape: Shape | PretrainedConfig | str | Path,
     target_shape: Shape | None = None,
     *,
-    spec: str | Path | Mapping[str, Any] | ScalingSpec = "moe-completep",
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
@@ -217,6 +243,8 @@ def plan(
     Raises:
         ParameterizationError, ShapeError, SpecError, StructureError, RoleError: as `apply`.
     """
+    if isinstance(base_shape, str | Path):
+        base_shape, spec, init_std, constants = _tuned(base_shape, spec, init_std, constants)
     table = ScalingSpec.load(spec)
     _check_numbers(init_std, constants)
     if isinstance(base_shape, Shape):
@@ -230,7 +258,8 @@ def plan(
             )
     else:
         raise ParameterizationError(
-            f"base_shape must be a Shape or a PretrainedConfig, got {type(base_shape).__name__}"
+            "base_shape must be a Shape, a PretrainedConfig or the path of a YAML file, "
+            f"got {type(base_shape).__name__}"
         )
     target = read_structure(model_class, config)
     base = read_structure(model_class, base_config)
@@ -252,10 +281,10 @@ def plan(
 
 def apply(
     model: PreTrainedModel,
-    base_shape: Shape | PretrainedConfig,
+    base_shape: Shape | PretrainedConfig | str | Path,
     target_shape: Shape | None = None,
     *,
-    spec: str | Path | Mapping[str, Any] | ScalingSpec = "moe-completep",
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
@@ -270,7 +299,8 @@ def apply(
 
     Args:
         model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
-        base_shape: the shape the numbers were tuned at, or the base config.
+        base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that a sweep
+            wrote (`read_tuned`): base, spec, init_std and constants are then the file's.
         target_shape: checked against the model; the model's own shape by default.
         spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping.
         init_std: σ of every randomly initialized parameter of the base; by default transformers' own.
@@ -292,7 +322,8 @@ def apply(
         SpecError: an invalid scaling table.
         WeightsError: meta weights.
         ParameterizationError: a model already parameterized or quantized, another architecture than the base, another
-            sparsity, a multiplier without a place to go, NaN or negative constants.
+            sparsity, a multiplier without a place to go, NaN or negative constants, numbers that contradict a file.
+        TunedError: a file of tuned numbers that cannot be read or is not for its base.
         In every case the model is left as it was.
     """
     if reinit and _is_parameterized(model):
@@ -337,20 +368,40 @@ def _is_parameterized(model: PreTrainedModel) -> bool:
     return getattr(model, "_moe_param", False) or (recorded and bool(model.config.name_or_path))
 
 
+def _tuned(
+    path: str | Path,
+    spec: Any,
+    init_std: float | None,
+    constants: Mapping[str, Mapping[str, float]] | None,
+) -> tuple[PretrainedConfig, str, float | None, Mapping[str, Mapping[str, float]] | None]:
+    tuned = read_tuned(path)
+    given = {"init_std": init_std, "constants": constants, "spec": None if spec == DEFAULT_SPEC else spec}
+    for name, value in given.items():
+        if value is not None and value != getattr(tuned, name):
+            raise ParameterizationError(
+                f"{name} is {value!r} here and {getattr(tuned, name)!r} in {path}: leave it to the file, or give "
+                "base_shape as a Shape"
+            )
+    return tuned.base, tuned.spec, tuned.init_std, tuned.constants
+
+
 def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
     if experts is None:
         return None
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from moe_param.experts import is_available
 
     if experts != "auto":
         if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
             valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
             raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
         return experts
-    if "megablocks" in ALL_EXPERTS_FUNCTIONS and model.device.type == "cuda":
+    if model.device.type == "cuda" and is_available():
         return "megablocks"
+    reason = "it is not installed" if model.device.type == "cuda" else f"it does not run on {model.device.type}"
     _say_once(
-        f"experts='auto': megablocks is not usable on {model.device.type}, transformers' own experts implementation "
+        f"experts='auto': no megablocks, {reason}; transformers' own experts implementation "
         f"({model.config._experts_implementation}) stays"
     )
     return None

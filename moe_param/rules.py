@@ -30,6 +30,8 @@ class Rule:
     lr, eps, weight_decay: factors on the user's numbers; weight_decay is 0 where the role is not decayed, otherwise
     1 / lr, so that the shrinkage lr·λ of a step is the same everywhere. multiplier: the forward multiplier folded into
     it (1: none), folded: from which sites. fan_in, fan_in_base: of the contraction it takes part in, None for vectors.
+    share: how many elements of the base one element stands for, over all layers of its kind; None in records that
+    older versions wrote.
     """
 
     role: str
@@ -43,6 +45,7 @@ class Rule:
     fan_in: int | None = None
     fan_in_base: int | None = None
     padding: int | None = None
+    share: float | None = None
 
     @property
     def init_std(self) -> float | None:
@@ -81,7 +84,11 @@ def derive_rules(
     # Where no queries were seen, a head_dim shows in the factor that transformers puts on the attention logits.
     moved = any(b.head_dim != t.head_dim or b.scaling != t.scaling for b, t in pairs.values())
     _check_gaps(spec, base, target, ratios, moved)
-    return {name: _rule(spec, ratios, b, t, init_std, constants) for name, (b, t) in pairs.items()}
+    shares = _shares(base, target)
+    return {
+        name: replace(_rule(spec, ratios, b, t, init_std, constants), share=shares[name])
+        for name, (b, t) in pairs.items()
+    }
 
 
 def _rule(
@@ -178,6 +185,22 @@ def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
             raise ParameterizationError(f"{name} is not in the base model: base and target differ in more than shape")
         found[name] = names[layer, info.relative]
     return found
+
+
+def _shares(base: Structure, target: Structure) -> dict[str, float]:
+    """Elements in the base over elements in the target, of each parameter together with its like in other layers."""
+
+    def kind(structure: Structure, info: Info) -> Any:
+        return None if info.layer is None else structure.kinds[info.layer], info.relative
+
+    def elements(structure: Structure) -> Counter[Any]:
+        count: Counter[Any] = Counter()
+        for info in structure.parameters.values():
+            count[kind(structure, info)] += math.prod(info.shape)
+        return count
+
+    before, after = elements(base), elements(target)
+    return {name: before[kind(target, info)] / after[kind(target, info)] for name, info in target.parameters.items()}
 
 
 def _check_gaps(

@@ -151,6 +151,76 @@ def test_numbers_out_of_range(numbers: dict[str, float]) -> None:
         parameterization.param_groups(model, **numbers)
 
 
+# -- decay -----------------------------------------------------------------------------------------------------------
+def shrinkage(model: Any, groups: list[dict[str, Any]], steps: int) -> dict[str, float]:
+    """What is left of each parameter after so many steps of AdamW whose gradients are zero."""
+    before = {name: p.detach().double().norm() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(groups)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(steps):
+        optimizer.step()
+    return {name: (p.detach().double().norm() / before[name]).item() for name, p in model.named_parameters()}
+
+
+SCALES: dict[str, dict[str, int]] = {
+    "base": {},
+    "width": {"hidden_size": 128},
+    "depth": {"num_hidden_layers": 4},
+    "experts": {"num_local_experts": 8, "intermediate_size": 96},
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_decay_shrinks_alike_at_every_scale(scale: str) -> None:
+    model = build("mixtral", **{"num_hidden_layers": 2, **SCALES[scale]})
+    parameterization = moe_param.apply(model, tiny_config("mixtral", num_hidden_layers=2), seed=1, experts=None)
+    step = 0.05 * DECAY
+    for settings, steps, expected in (
+        ({"decay": "independent"}, 10, (1 - step) ** 10),
+        ({"decay": "independent"}, 40, (1 - step) ** 40),  # a longer run forgets more of its start
+        ({"decay": "ema", "steps": 10, "base_steps": 10}, 10, (1 - step) ** 10),
+        ({"decay": "ema", "steps": 40, "base_steps": 10}, 40, (1 - step / 4) ** 40),  # here it forgets as much
+    ):
+        groups = parameterization.param_groups(model, lr=0.05, weight_decay=DECAY, **settings)
+        for name, left in shrinkage(model, groups, steps).items():
+            assert left == pytest.approx(1.0 if "norm" in name else expected, rel=1e-4), (name, settings)
+    assert (1 - step / 4) ** 40 == pytest.approx((1 - step) ** 10, rel=0.01)
+    assert (1 - step) ** 40 < 0.75 * (1 - step) ** 10
+
+
+def test_one_decay_for_all_groups_does_not() -> None:
+    model, parameterization = small()
+    groups = parameterization.param_groups(model, lr=0.05, weight_decay=DECAY)
+    for group in groups:
+        group["weight_decay"] = DECAY
+    left = shrinkage(model, groups, 10)
+    assert left["model.layers.0.self_attn.q_proj.weight"] > 1.04 * left["model.embed_tokens.weight"]
+
+
+def test_no_decay() -> None:
+    model, parameterization = small()
+    groups = parameterization.param_groups(model, lr=LR, decay="none")
+    assert {group["weight_decay"] for group in groups} == {0.0}
+
+
+@pytest.mark.parametrize(
+    "numbers, message",
+    [
+        ({"decay": "none"}, r"decay 'none' with weight_decay 0.2"),
+        ({"decay": "cosine"}, r"choose one of independent, ema, none"),
+        ({"decay": "ema"}, r"needs steps .* got steps None, base_steps None"),
+        ({"decay": "ema", "steps": 10}, r"got steps 10, base_steps None"),
+        ({"decay": "ema", "steps": 10, "base_steps": -1}, r"both positive"),
+        ({"steps": 10, "base_steps": 10}, r"belong to decay 'ema'"),
+    ],
+)
+def test_decays_that_cannot_be_meant(numbers: dict[str, Any], message: str) -> None:
+    model, parameterization = small()
+    with pytest.raises(OptimizerError, match=message):
+        parameterization.optimizer_factory(torch.optim.AdamW)()(model, lr=LR, weight_decay=DECAY, **numbers)
+
+
 # -- the Trainer -----------------------------------------------------------------------------------------------------
 class Rates(TrainerCallback):
     def __init__(self) -> None:

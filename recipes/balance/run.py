@@ -1,7 +1,10 @@
-"""How even the experts' load gets, and what that costs:  python -m recipes.balance.run --output_dir recipes/balance/results
+"""How even the load of experts gets, and what that costs.
+
+    python -m recipes.balance.run --output_dir recipes/balance/results
 
 Trains small models on real text three ways, each from the same weights on the same batches: with nothing that balances,
 with an auxiliary loss at its usual coefficient, and with selection biases. The load is then measured on held-out text.
+Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import multiprocessing
 import shlex
 import statistics
 import sys
@@ -23,15 +25,14 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_param import LoadBalancer
-from moe_param.balance import linear_decay
 from moe_param.routing import checked, find_routes
 from recipes.data import PackedDataset
+from recipes.ledger import cores, run_all
 from recipes.report import finite, hardware, versions
 from recipes.short_run import corpus
 
@@ -121,6 +122,7 @@ CASES = {
 ARMS = ("nothing", "auxiliary loss", "selection biases")
 
 Key = tuple[str, str, int]  # family, arm, seed
+TRAINING = ("steps", "batch_size", "seq_len", "learning_rate", "validation_batches")
 
 
 @dataclass
@@ -128,13 +130,13 @@ class BalanceArguments:
     output_dir: str = field(default="balance", metadata={"help": "Where balance.json and the pictures go."})
     families: list[str] = field(default_factory=lambda: list(CASES), metadata={"help": "Model types to train."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the batches."})
-    steps: int = field(default=600, metadata={"help": "Optimizer steps of a run."})
-    batch_size: int = field(default=16, metadata={"help": "Blocks per step."})
+    steps: int = field(default=500, metadata={"help": "Optimizer steps of a run."})
+    batch_size: int = field(default=8, metadata={"help": "Blocks per step."})
     seq_len: int = field(default=128, metadata={"help": "Bytes per block."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak of the learning rate."})
     rate: float | None = field(default=None, metadata={"help": "Rate of the biases, for all. Default: each family's."})
     validation_batches: int = field(default=24, metadata={"help": "Batches of held-out text the load is measured on."})
-    workers: int = field(default=2, metadata={"help": "Runs at a time, one thread each."})
+    workers: int = field(default_factory=cores, metadata={"help": "Runs at a time, one thread each."})
     smallest: bool = field(default=False, metadata={"help": "Seconds instead of an hour; proves nothing."})
 
     def __post_init__(self) -> None:
@@ -195,7 +197,7 @@ def run(args: BalanceArguments, key: Key) -> dict[str, Any]:
     start, every = time.perf_counter(), max(1, args.steps // 60)
     balancer = None
     if arm == "selection biases":
-        rate = linear_decay(case.rate if args.rate is None else args.rate, args.steps)
+        rate = case.rate if args.rate is None else args.rate
         balancer = LoadBalancer(model, rate=rate, inject=case.bias.startswith("injected"))
     load = Load(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
@@ -250,9 +252,17 @@ def validate(
     return statistics.mean(losses), torch.stack(totals).sum(0), each
 
 
-def _work(job: tuple[BalanceArguments, Key]) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def work(job: tuple[BalanceArguments, Key]) -> dict[str, Any]:
     return run(*job)
+
+
+def settings(args: BalanceArguments, key: Key) -> dict[str, Any]:
+    """What a run depends on."""
+    family, arm, _ = key
+    found = {name: getattr(args, name) for name in TRAINING} | {"config": CASES[family].config}
+    if arm == "selection biases":
+        found["rate"] = CASES[family].rate if args.rate is None else args.rate
+    return found
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -304,7 +314,7 @@ def plot(results: list[dict[str, Any]], folder: Path) -> None:
             for layer, axes in enumerate(line):
                 shares = loads[:, layer] * loads.shape[-1]
                 image = axes.imshow(
-                    shares.T,
+                    shares.T.numpy(),
                     aspect="auto",
                     origin="lower",
                     extent=(steps[0], steps[-1], -0.5, loads.shape[-1] - 0.5),
@@ -328,20 +338,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = HfArgumentParser(BalanceArguments, prog="python -m recipes.balance.run").parse_args_into_dataclasses(
         argv, look_for_args_file=False
     )
-    console, start, results = Console(), time.perf_counter(), []
-    jobs = [(args, key) for key in itertools.product(args.families, ARMS, args.seeds)]
-    columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with (
-        Progress(*columns, console=console) as progress,
-        multiprocessing.get_context("spawn").Pool(args.workers) as pool,
-    ):
-        task = progress.add_task("", total=len(jobs))
-        for result in pool.imap(_work, jobs):
-            results.append(result)
-            progress.advance(task)
+    start, output = time.perf_counter(), Path(args.output_dir)
+    jobs = {"/".join(map(str, key)): (args, key) for key in itertools.product(args.families, ARMS, args.seeds)}
+    console = Console()
+    done = run_all(
+        work,
+        jobs,
+        output / "runs.jsonl",
+        settings={name: settings(args, key) for name, (_, key) in jobs.items()},
+        costs={name: 1.01 if key[1] == "selection biases" else 1.0 for name, (_, key) in jobs.items()},
+        workers=args.workers,
+        console=console,
+    )
+    results = [done[name] for name in jobs]
     summary = summarize(results)
-    output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     record = {
         "command": shlex.join(["python", "-m", "recipes.balance.run", *argv]),
         "settings": asdict(args),

@@ -87,3 +87,11 @@ def test_fsdp2_trains_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
     wrong = train(groups, model)
     assert wrong[0] == pytest.approx(losses[0], rel=1e-6)
     assert wrong != pytest.approx(losses, rel=1e-5)
+
+
+def test_fsdp2_clips_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
+    alone = worker.clipped(None, 0)
+    assert alone["norm"] > 2 * worker.THRESHOLD
+    for rank in ranks:
+        assert rank["clipped"]["norm"] == pytest.approx(alone["norm"], rel=1e-5)
+        assert rank["clipped"]["left"] == pytest.approx(alone["left"], rel=1e-4)

@@ -36,6 +36,7 @@ SIZES: dict[str, Any] = {
 SMALL: dict[str, Any] = {**SIZES, "vocab_size": 129}
 LR, EPS, DECAY = 2e-2, 1e-6, 0.1
 GLOBAL_BATCH, STEPS = 4, 4
+THRESHOLD = 0.1  # of the scale-free norm: below what the first batch has
 
 
 def parameterized(sizes: dict[str, Any], seed: int | None = 1, built: int = 0) -> tuple[Any, Parameterization]:
@@ -137,6 +138,22 @@ def train_fsdp(mesh: DeviceMesh, rank: int) -> dict[str, Any]:
     return {"losses": losses, "groups": [[g["names"], g["lr"]] for g in optimizer.param_groups]}
 
 
+def clipped(mesh: DeviceMesh | None, rank: int) -> dict[str, Any]:
+    """The scale-free norm and what clipping leaves, of one global batch: FSDP2, or one process without a mesh."""
+    model, parameterization = parameterized(SMALL)
+    part = batches()[0]
+    if mesh is not None:
+        part = part.chunk(2)[rank]
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    model(input_ids=part, labels=part).loss.backward()
+    norm = moe_param.clip_grad_norm_(parameterization, model, THRESHOLD)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients.items()}
+    return {"norm": norm.item(), "left": {name: g.norm().item() for name, g in whole.items()}}
+
+
 def train_with_trainer(folder: Path, processes: int) -> dict[str, Any]:
     """The Trainer on its own: DDP under torchrun, one process otherwise; the same global batches."""
     model, parameterization = parameterized(SMALL, built=0 if processes == 1 else 3 + dist.get_rank())
@@ -195,6 +212,7 @@ def main(folder: Path) -> None:
     found = {
         "sharded": sharded_initialization(mesh, rank),
         "fsdp": train_fsdp(mesh, rank),
+        "clipped": clipped(mesh, rank),
         "ddp": train_with_trainer(folder / str(rank), processes=2),
     }
     found["unseeded"] = unseeded(rank)

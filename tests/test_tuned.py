@@ -1,0 +1,96 @@
+"""`apply(model, "best.yaml")`: the file stands for base, spec, init_std and constants."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+import moe_param
+from moe_param import ParameterizationError, TunedError, read_tuned, scale_config
+from moe_param.cli import app
+from tests.models import build, tiny_config
+
+SIZES = ("width", "depth", "num_experts", "top_k", "expert_size")
+CONSTANTS = {"router": {"lr": 0.25}, "expert_down": {"init": 0.5}}
+
+
+def write(path: Path, **changes: Any) -> Path:
+    config = tiny_config("mixtral")
+    shape = moe_param.Shape.from_config(config)
+    values = {
+        "model_type": "mixtral",
+        "overrides": {key: value for key, value in config.to_diff_dict().items() if key != "model_type"},
+        "spec": "moe-completep",
+        "init_std": 0.05,
+        "constants": CONSTANTS,
+        "learning_rate": 0.01,
+        "tuned_at": {size: getattr(shape, size) for size in SIZES},
+        "max_steps": 100,  # the trainer's
+    }
+    path.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
+    return path
+
+
+def target() -> Any:
+    return build("mixtral", config=scale_config(tiny_config("mixtral"), width=128, depth=6))
+
+
+def test_a_file_is_the_same_as_its_numbers(tmp_path: Path) -> None:
+    ours, theirs = target(), target()
+    found = moe_param.apply(ours, write(tmp_path / "best.yaml"), seed=1)
+    wanted = moe_param.apply(theirs, tiny_config("mixtral"), init_std=0.05, constants=CONSTANTS, seed=1)
+    assert found.rules == wanted.rules
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    plain = moe_param.plan(type(ours), ours.config, tiny_config("mixtral"))  # control: without the numbers
+    assert plain.rules != found.rules
+    assert read_tuned(tmp_path / "best.yaml").learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": None}, "one of model and model_type"),
+        (
+            {"model_type": "qwen3_moe", "overrides": {"num_hidden_layers": 1}, "tuned_at": None},
+            "different architectures: qwen3_moe and mixtral",
+        ),
+        ({"tuned_at": {"width": 32}}, "tuned at width 32, and describes a base with 64"),
+        ({"base_shape": {"width": 7}}, "its base cannot be built"),
+        ({"base_shape": {"depth": 2}}, "tuned at depth 4"),
+    ],
+)
+def test_a_file_for_another_base_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    model = target()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises((TunedError, ParameterizationError), match=message):
+        moe_param.apply(model, write(tmp_path / "best.yaml", **changes))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "best.yaml")
+    config = target().config
+    with pytest.raises(ParameterizationError, match=r"init_std is 0\.02 here and 0\.05 in"):
+        moe_param.plan(type(target()), config, path, init_std=0.02)
+    with pytest.raises(ParameterizationError, match="spec is 'standard' here"):
+        moe_param.plan(type(target()), config, path, spec="standard")
+    with pytest.raises(TunedError, match="No such file"):
+        moe_param.plan(type(target()), config, tmp_path / "none.yaml")
+
+
+def test_the_command_line_reads_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "best.yaml")
+    found = CliRunner().invoke(app, ["explain", str(path), "--target", "width=128,depth=6", "--json", "--full"])
+    assert found.exit_code == 0, found.output
+    document = json.loads(found.stdout)
+    plan = moe_param.plan(type(target()), target().config, path)
+    assert document["rows"] == json.loads(json.dumps(plan.rows(full=True)))
+    assert document["init_std"] == 0.05 and not document["recorded"]
+    wrong = CliRunner().invoke(app, ["explain", str(write(path, tuned_at={"width": 32})), "--target", "width=128"])
+    assert wrong.exit_code == 2 and "tuned at width 32" in wrong.output
