@@ -24,6 +24,7 @@ setup: $(STAMP)  ## build .venv with the tested versions
 #    plain wheel of the public index is the CUDA build; the CPU build is taken from the configured index where
 #    that has it, then from PyTorch's own. Elsewhere the plain wheel is the right one.
 # 3. The rest, at the tested versions.
+# 4. MegaBlocks' Triton kernels, which the tests run interpreted; Triton exists for Linux only.
 $(STAMP): pyproject.toml $(TESTED)
 	@set -eu; \
 	python="$${PYTHON:-}"; \
@@ -46,6 +47,7 @@ $(STAMP): pyproject.toml $(TESTED)
 	  { echo "No CPU build of $$torch in reach: installing the default one" >&2; $(PIP) install -q "$$torch"; }; \
 	fi
 	$(PIP) install -q -c $(TESTED) -e ".[test]"
+	@[ "$$(uname)" != Linux ] || $(BIN)/python -m patches.install --level triton
 	@touch $@
 
 lint: $(STAMP)  ## ruff: rules and formatting

@@ -1,0 +1,149 @@
+"""One pass over the constants of a base model (arXiv:2601.20205, Appendix D.1), and when a change counts as a gain.
+
+Nothing here trains or stores: `coordinate_pass` replays the pass from the losses known so far and says which runs it
+needs next. So any number of machines can share one, and a restarted one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+Point = dict[str, float]
+"""`learning_rate`, `init_std` and constants as `router.lr`; what is not in it is the base's own (constants: 1)."""
+
+Losses = tuple[float, ...]
+"""One loss per seed, always in the same order; inf where a run diverged."""
+
+
+def canonical(point: Mapping[str, float]) -> Point:
+    """Sorted, without constants of 1, rounded so that ×4 and then ×1/4 is the point one started from."""
+    rounded = {name: float(f"{value:.9g}") for name, value in sorted(point.items())}
+    return {name: value for name, value in rounded.items() if "." not in name or value != 1.0}
+
+
+def key_of(point: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.9g}" for name, value in canonical(point).items())
+
+
+def moved(point: Point, name: str, factor: float) -> Point:
+    return canonical({**point, name: point.get(name, 1.0) * factor})
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One candidate against the point it would replace."""
+
+    coordinate: str
+    factor: float
+    point: Point  # the candidate
+    gains: tuple[float, ...]  # per seed, loss before minus loss after
+    gain: float  # mean of them
+    needed: float  # what the mean had to exceed
+    accepted: bool
+
+
+@dataclass
+class Pass:
+    """How far the pass has come."""
+
+    current: Point
+    judgements: list[Judgement] = field(default_factory=list)
+    wanted: dict[str, Point] = field(default_factory=dict)  # runs it needs, the most urgent first; empty when done
+
+
+def coordinate_pass(
+    start: Point,
+    coordinates: Sequence[str],
+    results: Mapping[str, Losses],
+    *,
+    factors: Sequence[float],
+    lr_factors: Sequence[float],
+    error_rate: float,
+) -> Pass:
+    """Every coordinate once, the learning rate last: try the factors, keep what wins, go on from there.
+
+    Where a step wins, the next one in the same direction is tried too. While a decision waits for its runs, those of
+    the coordinates after it are listed as if nothing changed, which is what mostly happens: idle workers take them.
+    """
+    state = Pass(canonical(start))
+    ladders = [(name, factors) for name in coordinates] + [("learning_rate", lr_factors)]
+    tests = sum(len(ladder) for _, ladder in ladders)
+    spreads: list[float] = []  # variances of the gains over the seeds, of every candidate judged
+    for name, ladder in ladders:
+        while ladder:
+            candidates = [moved(state.current, name, factor) for factor in ladder]
+            missing = {key_of(p): p for p in (state.current, *candidates) if key_of(p) not in results}
+            if missing or state.wanted:
+                state.wanted = {**state.wanted, **missing}
+                break
+            before = results[key_of(state.current)]
+            gains = [gains_of(before, results[key_of(point)]) for point in candidates]
+            spreads += [statistics.variance(gain) for gain in gains if all(map(math.isfinite, gain))]
+            judged = []
+            for factor, point, gain in zip(ladder, candidates, gains):
+                needed = threshold(gain, spreads, error_rate / tests)
+                mean = statistics.fmean(gain)
+                judged.append(Judgement(name, factor, point, gain, mean, needed, min(gain) > 0 and mean > needed))
+            best = max((j for j in judged if j.accepted), key=lambda j: j.gain, default=None)
+            # Two candidates can both win; one is taken.
+            state.judgements += [j if j is best else replace(j, accepted=False) for j in judged]
+            if best is None:
+                break
+            state.current, ladder = best.point, (best.factor,)
+    return state
+
+
+def gains_of(before: Losses, after: Losses) -> tuple[float, ...]:
+    """Per seed; a diverged run makes its whole point diverged, and any finite point is a gain over that."""
+    if not all(map(math.isfinite, after)):
+        return (-math.inf,) * len(before)
+    if not all(map(math.isfinite, before)):
+        return (math.inf,) * len(after)
+    return tuple(b - a for b, a in zip(before, after, strict=True))
+
+
+def threshold(gains: Sequence[float], spreads: Sequence[float], error_rate: float) -> float:
+    """What the mean gain must exceed: a one-sided paired t-test over the seeds.
+
+    The paired differences of a few seeds tell their own spread badly, so the spread of all candidates judged so far is
+    used, or the candidate's own where that is larger. Of those the median: a candidate that is far off scatters more,
+    and must not hide what the others gain. `error_rate` is that of one test; the pass divides its own by their number.
+    """
+    if not spreads or not all(map(math.isfinite, gains)):
+        return 0.0  # against a diverged point
+    freedom = len(gains) - 1
+    median_of_chi2 = freedom * (1 - 2 / (9 * freedom)) ** 3  # Wilson and Hilferty
+    pooled = statistics.median(spreads) * freedom / median_of_chi2
+    spread = max(pooled, statistics.variance(gains))
+    # A median is worth about half as many observations as a mean.
+    quantile = t_quantile(error_rate, max(freedom, freedom * len(spreads) // 2))
+    return quantile * math.sqrt(spread / len(gains))
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """P(T > t) of Student's t with whole degrees of freedom (the finite series; t ≥ 0)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine = math.cos(angle)
+    odd = freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for i in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= cosine * cosine * (i - 1) / i
+    inner = math.sin(angle) * total
+    return (1 - (2 * (angle + inner) / math.pi if odd else inner)) / 2
+
+
+@functools.cache
+def t_quantile(tail: float, freedom: int) -> float:
+    low, high = 0.0, 1.0
+    while t_tail(high, freedom) > tail:
+        high *= 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
+    return high
