@@ -25,8 +25,8 @@ FASTEST: dict[tuple[int, int], str] = {}
 """Compute capability -> fastest provider. Empty: not measured yet (`python -m recipes.bench.experts` does)."""
 
 DEFAULT = "torch"
-"""Where nothing was measured. Reasoned, not measured: on Hopper and Blackwell torch has one kernel per multiplication and
-never waits for the GPU. grouped_gemm's cuBLAS build reads the group sizes back to the host and starts one call per
+"""Where nothing was measured. Reasoned, not measured: on Hopper and Blackwell torch has one kernel per multiplication
+and never waits for the GPU. grouped_gemm's cuBLAS build reads the group sizes back to the host and starts one call per
 expert; its CUTLASS build does neither, but its kernels are of an older generation."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,11 +14,14 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from recipes.streams import PackedStream
 
 # Installed packages differ by machine, test suites are not in every distribution, codec tables are not text.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
@@ -71,8 +74,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Read while training, not up front. Default: yes for dataset, no for files."},
     )
-    shuffle_buffer: int = field(default=10_000, metadata={"help": "Documents in the shuffle buffer of a stream."})
-    validation_fraction: float = field(default=0.05, metadata={"help": "Share of documents held out (not streaming)."})
+    shuffle_buffer: int = field(
+        default=10_000, metadata={"help": "Documents of a stream that are shuffled among each other, over all lanes."}
+    )
+    validation_fraction: float = field(default=0.05, metadata={"help": "Share of documents held out."})
     validation_blocks: int = field(default=256, metadata={"help": "Blocks to validate on, evenly spaced; 0 for all."})
 
     def __post_init__(self) -> None:
@@ -167,31 +172,6 @@ class PackedDataset(Dataset[Block]):
             order = np.random.default_rng((seed, epoch)).permutation(len(self))
             for start in range(0, len(order) - batch_size + 1, batch_size):
                 yield self.batch(order[start : start + batch_size])
-
-
-class PackedStream(IterableDataset[Block]):
-    """Blocks packed on the fly. `documents`, a `datasets.IterableDataset`, splits itself among workers."""
-
-    def __init__(self, documents: Any, text_column: str, tokenizer: Tokenizer, seq_len: int) -> None:
-        self.documents, self.text_column, self.tokenizer, self.seq_len = (
-            documents,
-            text_column,
-            tokenizer,
-            seq_len,
-        )
-
-    def set_epoch(self, epoch: int) -> None:  # Trainer calls this; the shuffle follows
-        self.documents.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[Block]:
-        rest = np.empty(0, self.tokenizer.dtype)
-        for tokens in encoded(column(self.documents, self.text_column, "the stream"), self.tokenizer):
-            rest = np.concatenate([rest, tokens])
-            full = len(rest) // self.seq_len * self.seq_len
-            for block in rest[:full].reshape(-1, self.seq_len):
-                ids = torch.from_numpy(block.astype(np.int64))
-                yield {"input_ids": ids, "labels": ids}
-            rest = rest[full:]
 
 
 @dataclass
@@ -337,25 +317,50 @@ def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple
 
 
 def _stream(args: DataArguments, tokenizer: ByteTokenizer | HFTokenizer, name: str, seed: int) -> Data:
+    from recipes.streams import PackedStream
+
     if args.validation_blocks < 1:
         raise InputError("validation_blocks is 0, which means all: a stream needs a number")
     separate = bool(args.validation_files or args.validation_split)
     source = _documents(args, args.train_files, args.train_split)
-    held_out = source
+
+    def texts(rows: Any) -> Iterator[str]:
+        for text in column(rows, args.text_column, name):
+            if separate or not held_out_by_hash(text, args.validation_fraction):
+                yield text
+
+    held_out = column(source, args.text_column, name)
     if separate:
-        held_out = _documents(args, args.validation_files, args.validation_split or args.train_split)
+        other = _documents(args, args.validation_files, args.validation_split or args.train_split)
+        held_out = column(other, args.text_column, name)
     taken: list[np.ndarray] = []
-    rows = 0
-    for row in held_out:
-        rows += 1
-        taken += encoded(column([row], args.text_column, name), tokenizer)
-        if sum(map(len, taken)) >= args.validation_blocks * args.seq_len:
-            break
+    read = size = 0
+    for text in held_out:
+        read += 1
+        if separate or held_out_by_hash(text, args.validation_fraction):
+            taken += tokenizer.encode([text])
+            size += len(taken[-1])
+            if size >= args.validation_blocks * args.seq_len:
+                break
+    if not read or not any(True for _ in texts(source)):
+        raise InputError(f"{name}: no text in it" if not read else f"{name}: no text left to train on")
     if not taken:
-        raise InputError(f"{name}: no text in it")
+        raise InputError(
+            f"{name}: none of {read} documents is among the {args.validation_fraction:.0%} held out: "
+            "give validation_files or a larger validation_fraction"
+        )
     validation = PackedDataset(np.concatenate(taken), args.seq_len, max_blocks=args.validation_blocks, what="held-out")
-    train = source if separate else source.skip(rows)
-    train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer)
-    stream = PackedStream(train, args.text_column, tokenizer, args.seq_len)
-    description = f"{name}: streaming, {len(validation)} blocks of {rows} documents held out"
-    return Data(stream, validation, tokenizer, description)
+    stream = PackedStream(
+        lambda lane, lanes: source.shard(num_shards=lanes, index=lane),
+        texts,
+        tokenizer,
+        args.seq_len,
+        shards=source.num_shards,
+        shuffle_buffer=args.shuffle_buffer,
+        seed=seed,
+        name=name,
+    )
+    how = "as given" if separate else f"of {args.validation_fraction:.0%} held out by hash"
+    return Data(
+        stream, validation, tokenizer, f"{name}: streaming {stream.shards} shards, {len(validation)} blocks {how}"
+    )

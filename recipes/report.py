@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -88,6 +89,58 @@ def active_parameters(parameterization: Parameterization) -> tuple[int, int]:
     total = sum(math.prod(rule.shape) for rule in rules)
     routed = sum(math.prod(rule.shape) for rule in rules if rule.role in ("expert_up", "expert_down"))
     return total, total - routed + routed * shape.top_k // shape.num_experts
+
+
+# Dense bfloat16 peaks of one device in TFLOP/s, without sparsity, from the makers' data sheets.
+PEAKS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 4090": 165.0,
+}
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s of a device by its name, None where it is not known."""
+    return next((1e12 * peak for name, peak in PEAKS.items() if name in device), None)
+
+
+def flops_per_token(parameterization: Parameterization, seq_len: int, tied: bool) -> float:
+    """Of a training step: 6 per active weight that is multiplied, and causal attention's products of activations.
+
+    An embedding that is only looked up multiplies nothing. Recomputation (activation checkpointing) does not count.
+    """
+    _, active = active_parameters(parameterization)
+    rules = parameterization.rules.values()
+    lookup = 0 if tied else sum(math.prod(rule.shape) for rule in rules if rule.role == "embedding")
+    heads = sum(rule.fan_in or 0 for rule in rules if rule.role == "attention_out")  # heads × head_dim, all layers
+    return 6.0 * (active - lookup) + 6.0 * heads * seq_len
+
+
+class Speed:
+    """Tokens and FLOPs a second, in the time that training took (validation and checkpoints left out)."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, processes: int, peak: float | None) -> None:
+        self.tokens_per_step, self.flops_per_token = tokens_per_step, flops_per_token
+        self.processes, self.peak = processes, peak
+        self.seconds, self.since = 0.0, time.perf_counter()
+
+    def pause(self) -> None:
+        self.seconds += time.perf_counter() - self.since
+
+    def go_on(self) -> None:
+        self.since = time.perf_counter()
+
+    def metrics(self, steps: int) -> dict[str, float]:
+        """Since the last call; MFU where the device's peak (of bfloat16, whatever the run computes in) is known."""
+        rate = steps * self.tokens_per_step / max(self.seconds, 1e-9)
+        self.seconds = 0.0
+        flops = rate * self.flops_per_token
+        found = {"tokens_per_second": rate, "tflops": flops / 1e12}
+        return {**found, "mfu": flops / (self.peak * self.processes)} if self.peak else found
 
 
 def versions() -> dict[str, str]:

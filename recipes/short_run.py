@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import moe_param
-from recipes.data import ByteTokenizer, InputError, PackedDataset, stdlib_tokens
+from recipes.arguments import ModelArguments, PretrainArguments, set_horizon
+from recipes.data import ByteTokenizer, DataArguments, InputError, PackedDataset, load_data, stdlib_tokens
 
 VALIDATION_BATCH = 32
 
 
 @dataclass(frozen=True)
 class ShortRun:
-    """Byte-level training on `stdlib`. `config` and `base` are `PretrainedConfig.to_dict()`s: they pickle well."""
+    """Training on `stdlib`, byte by byte, or on `data`. `config` and `base` are `PretrainedConfig.to_dict()`s."""
 
     config: dict[str, Any]
     base: dict[str, Any]
@@ -30,12 +32,17 @@ class ShortRun:
     steps: int
     batch_size: int
     seq_len: int
-    warmup: float = 0.25  # share of the steps; then linear decay to zero
+    warmup: float = 0.25  # share of the steps
+    schedule: str | None = None  # what follows, by transformers' name; default: linear decay to zero (`factor`)
+    schedule_options: dict[str, Any] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-12
     weight_decay: float = 0.0
+    init_std: float | None = None  # default: the config's
+    constants: dict[str, dict[str, float]] | None = None  # per role, as `moe_param.apply` takes them
     seed: int = 0
     validation_blocks: int = 256
+    data: dict[str, Any] | None = None  # `DataArguments` of another text, read up front
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,44 @@ class Outcome:
         return not math.isfinite(self.validation_loss)
 
 
+def short_run(
+    model: ModelArguments, data: DataArguments, training: PretrainArguments, base: PretrainedConfig
+) -> ShortRun:
+    """The run that `recipes.pretrain` would make of these arguments at `base`, in a plain loop.
+
+    Raises:
+        InputError: clipping, another batch or horizon than the base's: short runs do not do these.
+    """
+    for name, off in (("max_grad_norm", 0.0), ("clip", None), ("batch_ratio", 1.0), ("tokens_ratio", 1.0)):
+        if getattr(training, name) != off:
+            what = "scale batch and horizon" if name.endswith("ratio") else "clip"
+            raise InputError(f"{name} is set: short runs do not {what}, leave it out")
+    schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
+    moe_param.check_schedule(schedule)
+    horizon = set_horizon(training, data.seq_len, 1)
+    text = {f.name: getattr(data, f.name) for f in fields(DataArguments) if getattr(data, f.name) != f.default}
+    text = {name: value for name, value in text.items() if name not in ("seq_len", "validation_blocks")}
+    return ShortRun(
+        config=base.to_dict(),
+        base=base.to_dict(),
+        spec=model.spec,
+        lr=training.learning_rate,
+        steps=horizon.steps,
+        batch_size=horizon.batch,
+        seq_len=data.seq_len,
+        warmup=training.get_warmup_steps(horizon.steps) / horizon.steps,
+        schedule=schedule,
+        schedule_options=dict(training.lr_scheduler_kwargs or {}) or None,  # type: ignore[arg-type]
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        init_std=model.init_std,
+        constants=model.constants or None,  # type: ignore[arg-type]
+        validation_blocks=data.validation_blocks,
+        data=text or None,
+    )
+
+
 def config_from(values: dict[str, Any]) -> PretrainedConfig:
     return AutoConfig.for_model(**values)
 
@@ -60,23 +105,58 @@ def corpus(seq_len: int, validation_blocks: int = 256) -> tuple[PackedDataset, P
     return PackedDataset(train, seq_len), PackedDataset(held_out, seq_len, max_blocks=validation_blocks)
 
 
+@functools.cache
+def _text(arguments: str) -> tuple[PackedDataset, PackedDataset]:
+    data = load_data(DataArguments(**json.loads(arguments)))
+    if not isinstance(data.train, PackedDataset):
+        raise InputError("short runs read their text up front: set streaming: false, or give train_files")
+    return data.train, data.validation
+
+
 def factor(run: ShortRun, step: int) -> float:
     """The learning rate's schedule: linear warm-up, then linear decay to zero."""
     warmup = max(1, round(run.steps * run.warmup))
     return min((step + 1) / warmup, (run.steps - step) / max(1, run.steps - warmup))
 
 
+def _schedule(run: ShortRun, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    if run.schedule is None:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(factor, run))
+    return transformers.get_scheduler(
+        run.schedule,
+        optimizer,
+        num_warmup_steps=round(run.steps * run.warmup),
+        num_training_steps=run.steps,
+        scheduler_specific_kwargs=run.schedule_options,
+    )
+
+
 def train(run: ShortRun) -> Outcome:
     """Train, validate."""
-    training, validation = corpus(run.seq_len, run.validation_blocks)
+    if run.data:
+        blocks = {"seq_len": run.seq_len, "validation_blocks": run.validation_blocks}
+        training, validation = _text(json.dumps(run.data | blocks))
+    else:
+        training, validation = corpus(run.seq_len, run.validation_blocks)
     if run.steps * run.batch_size > len(training):
-        raise InputError(f"{run.steps} steps need more than one epoch of stdlib: fewer steps or a smaller batch_size")
+        raise InputError(
+            f"{run.steps} steps of {run.batch_size} blocks need more than one epoch of the text ({len(training)} "
+            "blocks): fewer steps or a smaller batch"
+        )
     transformers.set_seed(run.seed)
     model = AutoModelForCausalLM.from_config(config_from(run.config), experts_implementation="grouped_mm")
-    parameterization = moe_param.apply(model, config_from(run.base), spec=run.spec, seed=run.seed, experts=None)
+    parameterization = moe_param.apply(
+        model,
+        config_from(run.base),
+        spec=run.spec,
+        init_std=run.init_std,
+        constants=run.constants,
+        seed=run.seed,
+        experts=None,
+    )
     groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(factor, run))
+    schedule = _schedule(run, optimizer)
 
     start, losses = time.perf_counter(), []
     model.train()

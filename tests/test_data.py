@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +15,20 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from recipes.arguments import Horizon
+from recipes.batches import Batches
 from recipes.data import (
     ByteTokenizer,
     DataArguments,
     InputError,
     PackedDataset,
-    PackedStream,
+    held_out_by_hash,
     load_data,
     stdlib_files,
     stdlib_split,
     stdlib_tokens,
 )
+from recipes.streams import START, PackedStream, Position
 
 
 def write_jsonl(path: Path, rows: list[dict[str, object]]) -> str:
@@ -139,32 +143,120 @@ def test_hugging_face_tokenizer(tmp_path: Path) -> None:
 
 
 # -- streams: a local folder takes the path a Hub id takes -----------------------------------------------------------
+def stream(tmp_path: Path, shards: int = 1, count: int = 200, **settings: Any) -> tuple[PackedStream, PackedDataset]:
+    for shard in range(shards):
+        rows = [{"text": text} for text in documents(count)[shard::shards]]
+        write_jsonl(tmp_path / f"train-{shard}.jsonl", rows)
+    options = {"seq_len": 16, "validation_blocks": 8, "shuffle_buffer": 50, **settings}
+    data = load_data(DataArguments(dataset=str(tmp_path), **options))
+    assert isinstance(data.train, PackedStream)
+    return data.train, data.validation
+
+
+def epoch_of(packed: PackedStream, lane: int = 0, lanes: int = 1, epoch: int = 0) -> bytes:
+    taken = itertools.takewhile(lambda item: item[1].epoch <= epoch, packed.blocks(lane, lanes))
+    return b"".join(block.tobytes() for block, where in taken if where.epoch == epoch)
+
+
 def test_stream_packs_what_is_not_held_out(tmp_path: Path) -> None:
-    texts = documents(200)
-    write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
-    data = load_data(DataArguments(dataset=str(tmp_path), seq_len=16, validation_blocks=8, shuffle_buffer=50))
-    assert isinstance(data.train, PackedStream) and len(data.validation) == 8
-
-    def joined() -> bytes:
-        return b"".join(bytes(block["input_ids"].tolist()) for block in data.train)
-
-    first = joined()
-    held_out = bytes(data.validation.tokens).split(b"\0")[:-1]
+    packed, validation = stream(tmp_path)
+    texts = {text.encode() for text in documents(200)}
+    held_out = {text.encode() for text in documents(200) if held_out_by_hash(text, 0.05)}
+    assert held_out and set(bytes(validation.tokens).split(b"\0")[:-1]) <= held_out
+    first = epoch_of(packed)
     seen = first.split(b"\0")[:-1]
-    assert set(seen) <= {text.encode() for text in texts} - set(held_out)
-    assert len(seen) >= 200 - len(held_out) - 1  # all but the tail
-    assert joined() == first
-    data.train.set_epoch(1)
-    assert joined() != first
+    assert set(seen) <= texts - held_out
+    assert len(seen) == len(set(seen)) >= 200 - len(held_out) - 1  # all but the tail
+    assert epoch_of(packed) == first != epoch_of(packed, epoch=1)
 
 
-def test_stream_shares_its_shards_among_loader_workers(tmp_path: Path) -> None:
-    for shard in range(2):
-        write_jsonl(tmp_path / f"{shard}.jsonl", [{"text": f"{shard}-{i:03}"} for i in range(40)])
-    args = DataArguments(train_files=[str(tmp_path / "*.jsonl")], streaming=True, seq_len=6, validation_blocks=1)
-    loader = torch.utils.data.DataLoader(load_data(args).train, batch_size=None, num_workers=2)
-    seen = [bytes(block["input_ids"].tolist()) for block in loader]
-    assert len(seen) == len(set(seen)) >= 78  # no document twice
+def test_lanes_share_the_shards(tmp_path: Path) -> None:
+    packed, _ = stream(tmp_path, shards=3)
+    assert packed.shards == 3
+    each = [set(epoch_of(packed, lane, 3).split(b"\0")[:-1]) for lane in range(3)]
+    trained = {text.encode() for text in documents(200) if not held_out_by_hash(text, 0.05)}
+    assert set.union(*each) <= trained and len(set.union(*each)) >= len(trained) - 3
+    assert sum(map(len, each)) == len(set.union(*each))  # no document in two lanes
+
+
+@pytest.mark.parametrize("used", [0, 1, 7, 40, 300, 700])
+def test_a_stream_goes_on_from_any_position_to_the_token(tmp_path: Path, used: int) -> None:
+    packed, _ = stream(tmp_path)
+    blocks = packed.blocks(0, 1)
+    where = [START, *(after for _, after in itertools.islice(blocks, used))][-1]
+    where = Position(**json.loads(json.dumps(where.to_dict())))  # through a checkpoint
+    expected = [block.tolist() for block, _ in itertools.islice(blocks, 60)]
+    again, _ = stream(tmp_path)
+    assert [block.tolist() for block, _ in itertools.islice(again.blocks(0, 1, where), 60)] == expected
+    wrong = Position(**{**where.to_dict(), "blocks": where.blocks + 1})
+    assert [block.tolist() for block, _ in itertools.islice(again.blocks(0, 1, wrong), 60)] != expected
+
+
+# -- which process trains on which blocks ----------------------------------------------------------------------------
+def steps(data: Any, processes: int, *, start: int = 0, micro: int = 2, **settings: Any) -> list[list[list[int]]]:
+    """The blocks of each step, over all processes, sorted: their order within a step means nothing."""
+    horizon = Horizon(batch=8, micro=micro, steps=12, seq_len=data.seq_len)
+    parts = []
+    for process in range(processes):
+        batches = Batches(data, horizon, 3, process, processes, start=start, **settings)
+        share = 8 // processes // micro
+        rows = list(itertools.islice(batches, (12 - start) * share))
+        assert len(batches) == 12 * share
+        blocks = [block for row in rows for block in row["input_ids"].tolist()]
+        parts.append([blocks[i : i + 8 // processes] for i in range(0, len(blocks), 8 // processes)])
+    return [sorted(itertools.chain(*step)) for step in zip(*parts)]
+
+
+@pytest.mark.parametrize("kind", ["array", "stream"])
+def test_a_step_has_the_same_blocks_on_any_number_of_processes(tmp_path: Path, kind: str) -> None:
+    if kind == "array":
+        data: Any = PackedDataset(np.arange(30 * 4, dtype=np.uint8), 4)  # more than three epochs in 12 steps of 8
+    else:
+        data, _ = stream(tmp_path, shards=4)
+    alone = steps(data, 1)
+    assert len(alone) == 12 and all(len(step) == 8 for step in alone)
+    assert steps(data, 2) == steps(data, 4) == steps(data, 1, micro=8) == steps(data, 2, workers=1) == alone
+    if kind == "array":
+        assert steps(data, 2, start=5) == alone[5:]
+        flat = [index for batch in Batches(data, Horizon(8, 2, 12, 4), 3).indices() for index in batch]
+        assert [sorted(flat[i : i + 30]) for i in (0, 30, 60)] == [list(range(30))] * 3 and flat[:30] != flat[30:60]
+
+
+def test_positions_of_all_processes_resume_a_stream_on_another_number(tmp_path: Path) -> None:
+    data, _ = stream(tmp_path, shards=4)
+    positions: dict[int, Position] = {}
+    for process in range(2):
+        batches = Batches(data, Horizon(8, 2, 12, 16), 3, process, 2)
+        for batch in itertools.islice(batches, 5 * 2):  # five steps of two micro-batches
+            positions.update(batch["positions"])
+    assert sorted(positions) == [0, 1, 2, 3]
+    assert steps(data, 1, start=5, positions=positions) == steps(data, 4, start=5, positions=positions)
+    assert steps(data, 1, start=5, positions=positions) == steps(data, 1)[5:]
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch", "processes", "workers", "message"),
+    [
+        (2, 12, 3, 0, "3 processes, but .* has 2 shards .* fewer processes, .* or streaming: false"),
+        (5, 12, 3, 0, "3 processes cannot share 4 lanes"),
+        (2, 8, 2, 2, "a stream is read by one worker per process"),
+    ],
+)
+def test_streams_that_processes_cannot_share(
+    tmp_path: Path, shards: int, batch: int, processes: int, workers: int, message: str
+) -> None:
+    data, _ = stream(tmp_path, shards=shards)
+    with pytest.raises(InputError, match=message):
+        Batches(data, Horizon(batch, 2, 4, 16), 0, 0, processes, workers)
+
+
+def test_a_lane_without_text_is_an_error_and_not_an_endless_loop(tmp_path: Path) -> None:
+    data, _ = stream(tmp_path)
+    write_jsonl(tmp_path / "train-1.jsonl", [{"text": ""}] * 3)
+    data, _ = stream(tmp_path)
+    assert data.shards == 2
+    with pytest.raises(InputError, match="no text to train on in lane 1 of 2"):
+        next(data.blocks(1, 2))
 
 
 # -- errors ----------------------------------------------------------------------------------------------------------
