@@ -33,7 +33,7 @@ class ShortRun:
     batch_size: int
     seq_len: int
     warmup: float = 0.25  # share of the steps
-    schedule: str | None = None  # what follows, by transformers' name; default: linear decay to zero (`factor`)
+    schedule: str = "linear"  # what follows, by transformers' name; this one falls to zero
     schedule_options: dict[str, Any] | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-12
@@ -113,15 +113,7 @@ def _text(arguments: str) -> tuple[PackedDataset, PackedDataset]:
     return data.train, data.validation
 
 
-def factor(run: ShortRun, step: int) -> float:
-    """The learning rate's schedule: linear warm-up, then linear decay to zero."""
-    warmup = max(1, round(run.steps * run.warmup))
-    return min((step + 1) / warmup, (run.steps - step) / max(1, run.steps - warmup))
-
-
 def _schedule(run: ShortRun, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    if run.schedule is None:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(factor, run))
     return transformers.get_scheduler(
         run.schedule,
         optimizer,

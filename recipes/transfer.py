@@ -229,8 +229,9 @@ def plot(args: TransferArguments, rows: list[dict[str, Any]], lr: float, path: P
             label = "base" if name == "base" else target
             axes.errorbar(rates, losses, row["spread"][name], fmt="o-", ms=3, color=colour, label=label, capsize=2)
             axes.axvline(lr * 2.0 ** row["optimum"][name], color=colour, linestyle=":")
-        low = min(min(row["losses"]["base"]), min(row["losses"]["target"]))
-        axes.set_ylim(top=min(axes.get_ylim()[1], low * 1.35))  # what diverges may leave the picture
+        low = min([*row["losses"]["base"], *row["losses"]["target"]])
+        if math.isfinite(low):  # what diverges may leave the picture
+            axes.set_ylim(top=min(axes.get_ylim()[1], low * 1.35))
         axes.set_xscale("log", base=2)
         axes.set_title(f"{spec}\ndrift {row['drift_octaves']:+.2f}, regret {row['regret']:.1%}", fontsize=9)
         axes.grid(alpha=0.3)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoModelForCausalLM, MixtralConfig, get_scheduler
 
 import moe_param
-from recipes import demo, pretrain
+from recipes import pretrain
 from recipes.arguments import Horizon, set_horizon
 from recipes.data import InputError
 from recipes.report import MetricsFile, flops_per_token, read_lines
-from recipes.short_run import ShortRun, factor, train
+from recipes.short_run import ShortRun, short_run, train
 from tests.models import tiny_config
 
 TINY = str(Path(pretrain.__file__).parent / "configs" / "tiny.yaml")
@@ -448,51 +448,25 @@ def test_shipped_configs_parse_and_plan(path: Path) -> None:
     assert moe_param.plan(model_class, target, base, spec=model.spec).rules
 
 
-# -- the short loop and the demo -------------------------------------------------------------------------------------
-def short_run(lr: float, **changes: Any) -> ShortRun:
-    base = demo.base_config(16)
+# -- the short loop -------------------------------------------------------------------------------------------------
+def short(lr: float, **changes: Any) -> ShortRun:
+    base = MixtralConfig(**OVERRIDES)
     config = moe_param.scale_config(base, width=32)
     settings: dict[str, Any] = {"steps": 6, "batch_size": 4, "seq_len": 32, "validation_blocks": 8, **changes}
     return ShortRun(config.to_dict(), base.to_dict(), "moe-completep", lr, **settings)
 
 
 def test_short_run_is_reproducible_and_divergence_is_a_result() -> None:
-    first, second = train(short_run(2**-7)), train(short_run(2**-7))
+    first, second = train(short(2**-7)), train(short(2**-7))
     assert first.validation_loss == second.validation_loss < math.log(256)
-    gone = train(short_run(1e30, warmup=0.0))
+    assert train(short(2**-7, schedule="constant_with_warmup")).validation_loss != first.validation_loss
+    gone = train(short(1e30, warmup=0.0))
     assert gone.diverged and gone.validation_loss == math.inf
 
 
-def test_schedule_of_the_short_run() -> None:
-    factors = [factor(short_run(1.0, steps=8), step) for step in range(8)]
-    assert factors == pytest.approx([0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-
-
-def test_optimum_of_a_parabola_a_cliff_and_an_edge() -> None:
-    xs = [-9, -8, -7, -6, -5]
-    found = demo.find_optimum(xs, [(x + 7.3) ** 2 for x in xs])
-    assert (found.log2_lr, found.at_edge) == (-7, False) and found.fitted == pytest.approx(-7.3)
-    assert demo.find_optimum(xs, [3.0, 2.0, 1.0, math.inf, math.inf]).fitted == -7
-    assert demo.find_optimum(xs, [1.0, 2.0, 3.0, 4.0, 5.0]).at_edge
-    assert math.isnan(demo.find_optimum(xs, [math.inf] * 5).fitted)
-
-
-def test_the_two_parameterizations_are_one_at_the_base() -> None:
-    assert demo.same_training(demo.base_config(16))
-
-
-def test_demo_smallest(tmp_path: Path) -> None:
-    record = demo.main(["--smallest", "--output_dir", str(tmp_path), "--workers", "1"])
-    assert json.loads((tmp_path / "demo.json").read_text())["summary"] == record["summary"]
-    assert len(record["runs"]) == 8 and not any(run["diverged"] for run in record["runs"])
-    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_demo_survives_runs_that_all_diverge(tmp_path: Path) -> None:
-    args = demo.DemoArguments(smallest=True, output_dir=str(tmp_path))
-    lost = demo.Outcome(math.inf, math.nan, 1.0)
-    results = {(spec, m, x, 0): lost for spec in demo.SPECS for m in demo.MODELS for x in args.log2_lrs}
-    summary = demo.summarize(args, results)
-    assert "diverged" in demo.verdict(summary["standard"])
-    demo.tables(args, summary)
-    demo.plot(args, summary, tmp_path / "a.png")
+@pytest.mark.parametrize("change", [{"max_grad_norm": 1.0}, {"clip": 1.0}, {"batch_ratio": 2.0}, {"tokens_ratio": 2.0}])
+def test_short_runs_refuse_what_they_do_not_do(tmp_path: Path, change: dict[str, float]) -> None:
+    flags = [f"--{name}={value}" for name, value in change.items()]
+    arguments = pretrain.parse(["--config", TINY, "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(InputError, match=next(iter(change))):
+        short_run(*arguments, MixtralConfig(**OVERRIDES))

@@ -62,6 +62,19 @@ def test_an_optimum_at_the_end_of_the_ladder_does_not_count() -> None:
     assert row["at_edge"] == ["base", "target"] and not row["transferred"]
 
 
+def test_runs_that_all_diverge_are_a_result(tmp_path: Path) -> None:
+    args = TransferArguments("-", axes=["width=4"], specs=["standard"], seeds=[0])
+    losses = {
+        run: math.inf if run.target != "base" else loss
+        for run, loss in planted(args, {"base": 0, "width=4": 0}).items()
+    }
+    (row,) = summarize(args, losses)
+    assert row["regret"] == math.inf and not row["transferred"]
+    transfer.table([row])
+    transfer.plot(args, [row], 0.01, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_targets_keep_alpha_and_sparsity() -> None:
     from transformers import MixtralConfig
 
