@@ -320,8 +320,9 @@ def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedCon
         raise InputError(f"no config for {name!r}: {str(error).splitlines()[0]}") from error
     if hasattr(config, "moe_param"):  # of the run that wrote this config; this one starts from scratch
         del config.moe_param
-    declared = type(config)()  # head_dim: some families read it without declaring it
-    unknown = [key for key in args.overrides if key != "head_dim" and not hasattr(declared, key)]
+    declared = type(config)()
+    known = {"head_dim", *declared.to_dict()}  # head_dim: some families read it without declaring it
+    unknown = [key for key in args.overrides if key not in known and not hasattr(declared, key)]
     if unknown:
         raise InputError(f"overrides: {config.model_type} configs have no {', '.join(unknown)}")
     base, target = _scaled(config, "base_shape", args.base_shape), _scaled(config, "shape", args.shape)

@@ -27,21 +27,11 @@ from recipes import pretrain
 from recipes.checkpoints import STAGING
 from recipes.report import MetricsFile, read_lines
 from recipes.trainer import PretrainTrainer
+from tests.models import BYTE_MIXTRAL
 
-OVERRIDES = {
-    "vocab_size": 256,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 16,
-}
 SETTINGS: dict[str, Any] = {
     "model_type": "mixtral",
-    "overrides": json.dumps(OVERRIDES),
+    "overrides": json.dumps(BYTE_MIXTRAL),
     "shape": "width=32",
     "inject_bias": True,  # so that there is a file beside the weights
     "streaming": True,  # two shards, so that there are positions in the data

@@ -56,6 +56,20 @@ CORE = (
 """The families whose whole behaviour is tested here."""
 
 
+BYTE_MIXTRAL = {
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 16,
+}
+"""The smallest Mixtral that trains on bytes, as the recipes' `overrides`."""
+
+
 def classes(family: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
     entry = FAMILIES[family]
     module = importlib.import_module(entry["module"])

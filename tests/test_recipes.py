@@ -20,26 +20,15 @@ from recipes.arguments import Horizon, set_horizon
 from recipes.data import InputError
 from recipes.report import MetricsFile, flops_per_token, read_lines
 from recipes.short_run import ShortRun, short_run, train
-from tests.models import tiny_config
+from tests.models import BYTE_MIXTRAL, tiny_config
 
 TINY = str(Path(pretrain.__file__).parent / "configs" / "tiny.yaml")
-OVERRIDES = {
-    "vocab_size": 256,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "intermediate_size": 16,
-}
 
 
 def run(output: Path, *extra: str, steps: int = 24, start: Callable[..., Any] = pretrain.main) -> dict[str, Any]:
     """`tiny.yaml` made tinier: JSON on the command line takes the place of the file's mapping."""
     arguments = {
-        "overrides": json.dumps(OVERRIDES),
+        "overrides": json.dumps(BYTE_MIXTRAL),
         "shape": "width=32",
         "seq_len": 32,
         "validation_blocks": 8,
@@ -176,7 +165,7 @@ def test_wrong_yaml(tmp_path: Path, yaml: str, message: str) -> None:
     ("flags", "error", "message"),
     [
         (
-            ["--overrides", json.dumps(OVERRIDES | {"vocab_size": 100})],
+            ["--overrides", json.dumps(BYTE_MIXTRAL | {"vocab_size": 100})],
             InputError,
             "256 ids, the model 100: set overrides.vocab_size",
         ),
@@ -236,7 +225,7 @@ def test_bad_input_is_one_line_for_the_shell(tmp_path: Path, flags: list[str], m
 
 def test_hyperparameters_of_this_base_are_taken(tmp_path: Path) -> None:
     model, _, _ = pretrain.parse(
-        ["--config", TINY, "--overrides", json.dumps(OVERRIDES), "--tuned_at", json.dumps(SIZES)]
+        ["--config", TINY, "--overrides", json.dumps(BYTE_MIXTRAL), "--tuned_at", json.dumps(SIZES)]
     )
     base, target = pretrain.build_configs(model)
     assert base.hidden_size == target.hidden_size == 16
@@ -349,7 +338,7 @@ def test_without_a_bias_it_counts_says_so_once_and_names_the_flag(
 
 
 def test_flops_of_a_token_counted_by_hand() -> None:
-    model, _, _ = pretrain.parse(["--config", TINY, "--overrides", json.dumps(OVERRIDES), "--use_cpu"])
+    model, _, _ = pretrain.parse(["--config", TINY, "--overrides", json.dumps(BYTE_MIXTRAL), "--use_cpu"])
     base, target = pretrain.build_configs(model)
     plan = moe_param.plan(type(AutoModelForCausalLM.from_config(target)), target, base)
     attention, experts, router, head, norms = 4 * 16 * 16, 2 * 3 * 16 * 16, 4 * 16, 256 * 16, 3 * 16
@@ -450,7 +439,7 @@ def test_shipped_configs_parse_and_plan(path: Path) -> None:
 
 # -- the short loop -------------------------------------------------------------------------------------------------
 def short(lr: float, **changes: Any) -> ShortRun:
-    base = MixtralConfig(**OVERRIDES)
+    base = MixtralConfig(**BYTE_MIXTRAL)
     config = moe_param.scale_config(base, width=32)
     settings: dict[str, Any] = {"steps": 6, "batch_size": 4, "seq_len": 32, "validation_blocks": 8, **changes}
     return ShortRun(config.to_dict(), base.to_dict(), "moe-completep", lr, **settings)
@@ -469,4 +458,4 @@ def test_short_runs_refuse_what_they_do_not_do(tmp_path: Path, change: dict[str,
     flags = [f"--{name}={value}" for name, value in change.items()]
     arguments = pretrain.parse(["--config", TINY, "--output_dir", str(tmp_path), *flags])
     with pytest.raises(InputError, match=next(iter(change))):
-        short_run(*arguments, MixtralConfig(**OVERRIDES))
+        short_run(*arguments, MixtralConfig(**BYTE_MIXTRAL))

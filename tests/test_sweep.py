@@ -20,23 +20,10 @@ from recipes.data import InputError
 from recipes.pretrain import USER_ERRORS
 from recipes.search import SearchError
 from recipes.short_run import train
-from tests.models import CORE, FAMILIES
+from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.surfaces import Bowl
 
-MODEL = {
-    "model_type": "mixtral",
-    "overrides": {
-        "vocab_size": 256,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 16,
-    },
-}
+MODEL = {"model_type": "mixtral", "overrides": BYTE_MIXTRAL}
 CONFIG = {
     **MODEL,
     "shape": {"width": 64},  # to train later: the sweep is about the base

@@ -13,7 +13,7 @@ from moe_param.shape import Shape
 from recipes import transfer
 from recipes.data import InputError
 from recipes.transfer import Run, TransferArguments, interval, summarize, targets, vertex
-from tests.test_recipes import OVERRIDES
+from tests.models import BYTE_MIXTRAL
 
 SEEDS = [0, 1, 2]
 
@@ -78,7 +78,7 @@ def test_runs_that_all_diverge_are_a_result(tmp_path: Path) -> None:
 def test_targets_keep_alpha_and_sparsity() -> None:
     from transformers import MixtralConfig
 
-    base = MixtralConfig(**OVERRIDES)
+    base = MixtralConfig(**BYTE_MIXTRAL)
     found = {
         name: Shape.from_config(config) for name, config in targets(base, ["width=2,depth=3", "num_experts=2"]).items()
     }
@@ -88,7 +88,13 @@ def test_targets_keep_alpha_and_sparsity() -> None:
 
 def test_smallest(tmp_path: Path) -> None:
     best = tmp_path / "best.yaml"
-    numbers = {"model_type": "mixtral", "overrides": OVERRIDES, "learning_rate": 0.01, "seq_len": 32, "init_std": 0.03}
+    numbers = {
+        "model_type": "mixtral",
+        "overrides": BYTE_MIXTRAL,
+        "learning_rate": 0.01,
+        "seq_len": 32,
+        "init_std": 0.03,
+    }
     best.write_text(yaml.safe_dump(numbers))
     output = tmp_path / "transfer"
     command = ["--config", str(best), "--output_dir", str(output), "--axes", "width=2", "--smallest", "--workers", "1"]
@@ -122,4 +128,4 @@ def test_bad_input_is_named(changes: dict[str, list], message: str) -> None:
     from transformers import MixtralConfig
 
     with pytest.raises(InputError, match=message):
-        targets(MixtralConfig(**OVERRIDES), TransferArguments("-", **changes).axes)
+        targets(MixtralConfig(**BYTE_MIXTRAL), TransferArguments("-", **changes).axes)
