@@ -196,11 +196,14 @@ def summarize(args: TransferArguments, losses: dict[Run, float]) -> list[dict[st
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    title = (
-        "How far the best learning rate moved from base to target (octaves, 95% interval), and what keeping it costs"
+    edge = "; * an optimum at the end of the ladder: give more --octaves" if any(row["at_edge"] for row in rows) else ""
+    found = Table(
+        title="Best learning rate: drift from base to target (octaves, 95% interval), regret of keeping the base's",
+        caption=f"transfers: drift ≤ {DRIFT} and regret ≤ {REGRET:.0%}{edge}",
     )
-    found = Table(title=title, caption="* an optimum lies at the end of the ladder: more --octaves are needed")
-    for heading in ("target", "spec", "drift", "regret", "best loss", f"≤ {DRIFT} and ≤ {REGRET:.0%}"):
+    for heading in ("target", "spec"):
+        found.add_column(heading, overflow="fold")
+    for heading in ("drift", "regret", "best loss", "transfers"):
         found.add_column(heading, no_wrap=True)
     for row in sorted(rows, key=lambda row: row["target"]):
         half = "" if row["drift_interval"] is None else f" ± {row['drift_interval']:.2f}"
