@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from recipes.data import InputError
 from recipes.report import finite, read_lines
+from recipes.workers import die_with_parent
 
 
 def cores() -> int:
@@ -52,14 +53,14 @@ def run_all(
             if line["settings"] != wanted[name]:
                 raise InputError(f"{ledger} holds {name} with other settings: take another --output_dir")
             done[name] = line["result"]
+    if ledger.exists():  # a line that a kill cut short must not run into the next one
+        os.truncate(ledger, ledger.read_bytes().rfind(b"\n") + 1)
     left = sorted((name for name in jobs if name not in done), key=lambda name: -costs[name])
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers start; they are the parallelism
     with (
         Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        ) as pool,
+        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start) as pool,
         ledger.open("a", encoding="utf-8") as file,
     ):
         task = progress.add_task(f"{len(done)}/{len(jobs)} runs", total=sum(costs[name] for name in left))
@@ -71,3 +72,8 @@ def run_all(
             file.flush()
             progress.update(task, advance=costs[name], description=f"{len(done)}/{len(jobs)} runs")
     return done
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    die_with_parent()

@@ -11,7 +11,6 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 
 Evaluate = Callable[[dict[str, float], int], float]
 """(point, seed) → loss, inf or NaN where it diverged. Runs in a worker process, so it must pickle."""
@@ -38,10 +37,7 @@ def _work(connection: Connection, evaluate: Evaluate) -> None:
     """Answers each (point, seed) with a loss, or with what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    # A killed parent takes its workers along, in the middle of a run too.
-    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    die_with_parent()
     while True:
         try:
             point, seed = connection.recv()
@@ -54,6 +50,13 @@ def _work(connection: Connection, evaluate: Evaluate) -> None:
         connection.send(answer)
 
 
-def _exit_with(parent: BaseProcess) -> None:
-    parent.join()
-    os._exit(1)
+def die_with_parent() -> None:
+    """A killed parent takes this process along, in the middle of a run too."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
