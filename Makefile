@@ -11,10 +11,10 @@ TESTED := requirements-tested.txt
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test demo format clean
+.PHONY: help setup lint types test test-all demo format clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: $(STAMP)  ## build .venv with the tested versions
 
@@ -60,6 +60,9 @@ types: $(STAMP)  ## mypy on the package
 # One thread per worker: two workers with a thread per core each would fight over the cores.
 # The tests need nothing from the Hub; offline, a slip shows at once and the same way everywhere.
 test: lint types  ## everything CI checks
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not all_families" $(PYTEST_ARGS)
+
+test-all: lint types  ## the same, and training steps of every family
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU

@@ -43,9 +43,15 @@ def right(runs: list[dict[str, Any]]) -> bool:
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_all_ranks_follow_the_load_of_all_tokens(ranks: list[dict[str, Any]], family: str, layout: str) -> None:
-    runs = [rank[f"{family} {layout}"] for rank in ranks]
+def test_all_ranks_follow_the_load_of_all_tokens(ranks: list[dict[str, Any]], layout: str) -> None:
+    """All kinds of bias on two ranks; a native and an injected one on four."""
+    families = [name.split()[0] for name in ranks[0] if name.endswith(layout)]
+    assert families == list(FAMILIES if len(ranks) == 2 else FAMILIES[::3])
+    for family in families:
+        follows([rank[f"{family} {layout}"] for rank in ranks], family, layout)
+
+
+def follows(runs: list[dict[str, Any]], family: str, layout: str) -> None:
     assert len(runs[0]["steps"]) == STEPS
     assert right(runs)
     for run in runs:
