@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from moe_param.spec import DEFAULT_SPEC
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from moe_param.parameterization import Parameterization
 
-AXES = ("width", "depth", "num_experts", "top_k", "expert_size")
 YAML = (".yaml", ".yml")
 
 app = typer.Typer(
@@ -100,7 +101,7 @@ def coord_check_command(
     out: Annotated[Path, typer.Option(help="Folder for picture, JSON and the log of finished runs (resumes from it).")],
     axis: Annotated[list[str] | None, typer.Option(help="One or more of the axes; by default all four.")] = None,
     factors: Annotated[str, typer.Option(help="Multiples of the base's size along the axis.")] = "1,2,4,8",
-    spec: Annotated[str, typer.Option(help="Parameterization: a preset or a YAML file.")] = "moe-completep",
+    spec: Annotated[str, typer.Option(help="Parameterization: a preset or a YAML file.")] = DEFAULT_SPEC,
     steps: Annotated[int, typer.Option(help="AdamW steps.")] = 5,
     seeds: Annotated[int, typer.Option(help="Initializations.")] = 3,
     lr: Annotated[float, typer.Option(help="The one learning rate of all runs.")] = 2**-8,
@@ -119,8 +120,7 @@ def coord_check_command(
         from rich.table import Table
 
         from moe_param.coordinates import coord_check
-        from moe_param.shape import AXES as CHECKED
-        from moe_param.shape import Shape
+        from moe_param.shape import AXES, Shape
 
         config = _load_config(config_source)
         shape = Shape.from_config(_scaled(config, "--base", base))
@@ -137,7 +137,7 @@ def coord_check_command(
                 raise ValueError(f"--tokens: {tokens} must hold a (batch, length) array, found {tuple(batch.shape)}")
         out.mkdir(parents=True, exist_ok=True)
         console, passed = Console(), True
-        for name in axis or CHECKED:
+        for name in axis or AXES:
             result = coord_check(
                 config,
                 shape,
@@ -181,7 +181,7 @@ def _plan(
     init_std: float | None,
     allow_sparsity_change: bool,
 ) -> Parameterization:
-    from moe_param.parameterization import DEFAULT_SPEC, plan
+    from moe_param.parameterization import plan
     from moe_param.trace import model_class_for
 
     return plan(
@@ -196,15 +196,15 @@ def _plan(
 
 def _scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfig:
     """The config that `--base` or `--target` means: sizes to change in `config`, or another config."""
-    from moe_param.shape import ShapeError, scale_config
+    from moe_param.shape import SIZES, ShapeError, scale_config
 
     if "=" not in text or Path(text).exists():
         return _load_config(text)
     sizes: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = (part.strip() for part in item.partition("="))
-        if key not in AXES:
-            raise ValueError(f"{option}: unknown size {key!r}{_nearest(key, AXES)}")
+        if key not in SIZES:
+            raise ValueError(f"{option}: unknown size {key!r}{_nearest(key, SIZES)}")
         if key in sizes:
             raise ValueError(f"{option}: {key} is given twice")
         try:

@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moe_param.parameterization import Parameterization, apply
 from moe_param.roles import Structure, read_structure
 from moe_param.shape import AXES, Shape, ShapeError, scale_config
-from moe_param.spec import ScalingSpec
+from moe_param.spec import DEFAULT_SPEC, ScalingSpec
 from moe_param.trace import is_experts, model_class_for
 
 QUANTITIES = (
@@ -224,7 +224,7 @@ def coord_check(
     *,
     axis: str,
     factors: Sequence[float] = (1, 2, 4, 8),
-    spec: str | Path | Mapping[str, Any] | ScalingSpec = "moe-completep",
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
     steps: int = 5,
     seeds: int = 3,
     lr: float = 2**-7,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -22,6 +22,23 @@ DECAYS = ("independent", "ema", "none")
 """Conventions of weight decay by name; see `param_groups`."""
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class _Optional(TypedDict, total=False):
+    eps: float
+    weight_decay: float
+    decay: str
+    steps: int | None
+    base_steps: int | None
+    batch_ratio: float
+    tokens_ratio: float
+    betas: tuple[float, float] | None
+
+
+class BaseNumbers(_Optional):
+    """The keyword arguments of `param_groups`, for those that hand them on."""
+
+    lr: float
 
 
 class OptimizerError(ValueError):
@@ -156,38 +173,16 @@ def optimizer_factory(rules: Mapping[str, Rule], optimizer_class: type[torch.opt
     `optimizer_class` takes (fused, …). The model is the one being trained, so this works under FSDP2, where
     `Trainer(optimizers=…)` is refused.
     """
-    default = inspect.signature(optimizer_class).parameters.get("betas")
+    betas = inspect.signature(optimizer_class).parameters.get("betas")
 
     class Factory:
-        def __call__(
-            self,
-            model: torch.nn.Module,
-            *,
-            lr: float,
-            eps: float = 1e-8,
-            weight_decay: float = 0.0,
-            decay: str = "independent",
-            steps: int | None = None,
-            base_steps: int | None = None,
-            batch_ratio: float = 1.0,
-            tokens_ratio: float = 1.0,
-            **kwargs: Any,
-        ) -> torch.optim.Optimizer:
-            betas = kwargs.pop("betas", default.default if default else None)
-            groups = param_groups(
-                rules,
-                model,
-                lr=lr,
-                eps=eps,
-                weight_decay=weight_decay,
-                decay=decay,
-                steps=steps,
-                base_steps=base_steps,
-                batch_ratio=batch_ratio,
-                tokens_ratio=tokens_ratio,
-                betas=betas,
-            )
-            return optimizer_class(groups, lr=lr, eps=eps, weight_decay=weight_decay, **kwargs)  # type: ignore[call-arg]
+        def __call__(self, model: torch.nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+            numbers = {name: kwargs.pop(name) for name in BaseNumbers.__annotations__ if name in kwargs}
+            if betas is not None:
+                numbers.setdefault("betas", betas.default)
+            groups = param_groups(rules, model, **cast(BaseNumbers, numbers))
+            defaults = {name: numbers[name] for name in ("lr", "eps", "weight_decay") if name in numbers}
+            return optimizer_class(groups, **defaults, **kwargs)
 
     Factory.__name__ = f"{optimizer_class.__name__}Factory"
     return Factory

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,15 +22,16 @@ from moe_param.laws import InitLaw
 from moe_param.roles import UNTRAINED, read_structure
 from moe_param.rules import ParameterizationError, Rule, derive_rules
 from moe_param.shape import Shape, ShapeError, scale_config
-from moe_param.spec import ROLES, ScalingSpec
+from moe_param.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.tuned import read_tuned
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 """Version of what `Parameterization.to_dict` writes."""
-
-DEFAULT_SPEC = "moe-completep"
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,13 @@ class Parameterization:
     def param_groups(
         self,
         model: torch.nn.Module,
-        *,
-        lr: float,
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        decay: str = "independent",
-        steps: int | None = None,
-        base_steps: int | None = None,
-        batch_ratio: float = 1.0,
-        tokens_ratio: float = 1.0,
-        betas: tuple[float, float] | None = None,
+        **numbers: Unpack[optim.BaseNumbers],
     ) -> list[dict[str, Any]]:
-        """Optimizer groups for `model`, wrapped or sharded or not; see `moe_param.optim.param_groups`."""
-        return optim.param_groups(
-            self.rules,
-            model,
-            lr=lr,
-            eps=eps,
-            weight_decay=weight_decay,
-            decay=decay,
-            steps=steps,
-            base_steps=base_steps,
-            batch_ratio=batch_ratio,
-            tokens_ratio=tokens_ratio,
-            betas=betas,
-        )
+        """Optimizer groups for `model`, wrapped or sharded or not: `lr` and the other numbers of the base model.
+
+        Arguments, result and errors are those of `moe_param.optim.param_groups`.
+        """
+        return optim.param_groups(self.rules, model, **numbers)
 
     def optimizer_factory(self, optimizer_class: type[torch.optim.Optimizer]) -> type:
         """For `Trainer(optimizer_cls_and_kwargs=(factory, {"lr": …}))`; see `moe_param.optim.optimizer_factory`."""

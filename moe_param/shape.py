@@ -18,6 +18,9 @@ from moe_param.trace import StructureError, Trace, find_layers, is_experts, mode
 AXES = ("width", "depth", "num_experts", "expert_size")
 """What is scaled one at a time."""
 
+SIZES = ("width", "depth", "num_experts", "top_k", "expert_size")
+"""What says how large a model is; head_dim, which need not be there, aside."""
+
 
 class ShapeError(ValueError):
     """Sizes that are impossible, do not divide, or contradict a model."""

@@ -43,6 +43,9 @@ ROLES = (
 SITES = ("residual_branch", "unnormalized_gates", "logits", "attention_logits")
 """Where the unfolded parameterization multiplies the forward pass."""
 
+DEFAULT_SPEC = "moe-completep"
+"""The preset of arXiv:2601.20205."""
+
 _KEYS = ("name", "source", "init", "fixed", "multipliers", "roles")
 _ROW_KEYS = ("init_std", "lr", "eps", "decay", "source")
 

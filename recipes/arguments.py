@@ -6,18 +6,18 @@ import difflib
 import importlib.util
 import json
 from argparse import ArgumentParser
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-import yaml
-from transformers import AutoConfig, HfArgumentParser, PretrainedConfig, TrainingArguments
+from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
 import moe_param
+from moe_param.shape import SIZES
+from moe_param.spec import DEFAULT_SPEC
+from moe_param.tuned import build_config, check_tuned_at, read_yaml
 from recipes.data import DataArguments, InputError
 
-AXES = ("width", "depth", "num_experts", "top_k", "expert_size")
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # short names; warm-up is never dropped
 ALTERNATIVES = (
     ("tokens", "max_steps"),
@@ -55,7 +55,7 @@ class ModelArguments:
         default=None,
         metadata={"help": "The base's sizes where the hyperparameters were found, as recipes.sweep writes them."},
     )
-    spec: str = field(default="moe-completep", metadata={"help": "Parameterization: a preset or a YAML file."})
+    spec: str = field(default=DEFAULT_SPEC, metadata={"help": "Parameterization: a preset or a YAML file."})
     init_std: float | None = field(default=None, metadata={"help": "Base initialization std. Default: the config's."})
     constants: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'Per-role constants, {role: {"init": c, "lr": c}}; JSON.'}
@@ -70,7 +70,7 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         for name in ("overrides", "base_shape", "shape", "target_shape", "tuned_at", "constants"):
-            setattr(self, name, _mapping(name, getattr(self, name)))
+            setattr(self, name, mapping(name, getattr(self, name)))
         if self.shape and self.target_shape:
             raise InputError("shape and target_shape are two names of one thing: give one of them")
         self.shape = self.shape or self.target_shape
@@ -251,7 +251,8 @@ def set_horizon(args: PretrainArguments, seq_len: int, processes: int | None = N
     return Horizon(batch, micro, args.max_steps, seq_len)
 
 
-def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """What was given for `name` in YAML, as JSON, or as NAME=VALUE,…"""
     if isinstance(value, str) and "=" in value and not value.lstrip().startswith("{"):
         value = dict(part.split("=", 1) for part in value.replace(" ", "").split(",") if "=" in part)
         value = {key: int(text) if text.lstrip("-").isdigit() else text for key, text in value.items()}
@@ -274,7 +275,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArgum
     parser = HfArgumentParser(types, prog="python -m recipes.pretrain", parents=[first], allow_abbrev=False)
     names = [f.name for cls in types for f in fields(cls) if f.init]
     if known.config:
-        values = _read_yaml(known.config)
+        values = read_yaml(known.config)
         for key in values:
             if key not in names:
                 raise InputError(f"{known.config}: unknown key {key!r}{_nearest(key, names)}")
@@ -296,58 +297,17 @@ def _nearest(name: str, names: list[str]) -> str:
     return f", did you mean {near[0]!r}?" if near else ": see python -m recipes.pretrain --help"
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path}: expected a mapping of argument names to values")
-    return values
-
-
 def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedConfig]:
     """(base, target), both the given config at another shape."""
-    try:
-        if args.model:
-            config = AutoConfig.from_pretrained(args.model, **args.overrides)
-        else:
-            config = AutoConfig.for_model(args.model_type, **args.overrides)
-    except (ValueError, OSError) as error:
-        name = args.model or args.model_type
-        raise InputError(f"no config for {name!r}: {str(error).splitlines()[0]}") from error
-    if hasattr(config, "moe_param"):  # of the run that wrote this config; this one starts from scratch
-        del config.moe_param
-    declared = type(config)()
-    known = {"head_dim", *declared.to_dict()}  # head_dim: some families read it without declaring it
-    unknown = [key for key in args.overrides if key not in known and not hasattr(declared, key)]
-    if unknown:
-        raise InputError(f"overrides: {config.model_type} configs have no {', '.join(unknown)}")
+    config = build_config(args.model, args.model_type, args.overrides)  # type: ignore[arg-type]
     base, target = _scaled(config, "base_shape", args.base_shape), _scaled(config, "shape", args.shape)
     if args.tuned_at:
-        _check_base(base, args.tuned_at)
+        check_tuned_at(base, args.tuned_at)
     return base, target
 
 
 def _scaled(config: PretrainedConfig, name: str, shape: dict[str, Any]) -> PretrainedConfig:
-    unknown = [key for key in shape if key not in AXES]
+    unknown = [key for key in shape if key not in SIZES]
     if unknown:
-        raise InputError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(AXES)}")
+        raise InputError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")
     return moe_param.scale_config(config, **shape)
-
-
-def _check_base(base: PretrainedConfig, tuned_at: dict[str, Any]) -> None:
-    """Refuses hyperparameters that were found on another base."""
-    measured = asdict(moe_param.Shape.from_config(base))
-    wrong = (
-        [f"{axis} {tuned_at[axis]}, not {measured[axis]}" for axis in AXES if tuned_at.get(axis) != measured[axis]]
-        if all(axis in tuned_at for axis in AXES)
-        else [f"{axis} not named" for axis in AXES if axis not in tuned_at]
-    )
-    if wrong:
-        raise InputError(
-            f"tuned_at: these hyperparameters were found on another base than base_shape here ({'; '.join(wrong)}): "
-            "set base_shape to where they were found"
-        )

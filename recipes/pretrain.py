@@ -70,6 +70,8 @@ USER_ERRORS = (
     moe_param.ShapeError,
     moe_param.SpecError,
     moe_param.StructureError,
+    moe_param.TunedError,
+    moe_param.WeightsError,
 )
 
 

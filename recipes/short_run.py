@@ -71,6 +71,12 @@ def short_run(
     schedule = str(getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type))
     moe_param.check_schedule(schedule)
     horizon = set_horizon(training, data.seq_len, 1)
+    same = training.decay == "independent" or (training.decay == "ema" and training.base_steps == horizon.steps)
+    if training.weight_decay and not same:
+        raise InputError(
+            f"decay is {training.decay!r}: short runs are the base's, of {horizon.steps} steps; leave decay out, or "
+            "set 'ema' with this number as base_steps"
+        )
     text = {f.name: getattr(data, f.name) for f in fields(DataArguments) if getattr(data, f.name) != f.default}
     text = {name: value for name, value in text.items() if name not in ("seq_len", "validation_blocks")}
     return ShortRun(

@@ -33,9 +33,10 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 import moe_param
 from moe_param.trace import model_class_for
-from recipes.arguments import ModelArguments, PretrainArguments, _mapping, build_configs, parse
+from recipes.arguments import ModelArguments, PretrainArguments, build_configs, mapping, parse
 from recipes.coordinate import Point, canonical, key_of
 from recipes.data import DataArguments, InputError
+from recipes.ledger import cores
 from recipes.pretrain import USER_ERRORS
 from recipes.report import finite, hardware, versions
 from recipes.search import (
@@ -59,7 +60,7 @@ MODES = ("grid", "tpe", "coordinate")
 TRAINING = (
     *("tokens", "max_steps", "batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("warmup_tokens", "warmup_steps", "decay_tokens", "lr_scheduler_type", "lr_scheduler_kwargs"),
-    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("weight_decay", "decay", "base_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 OURS = ("learning_rate", "output_dir", "resume", *(f.name for f in fields(ModelArguments)), *TRAINING)
 
@@ -79,7 +80,7 @@ class SweepArguments:
     )
     study: str = field(default="sweep", metadata={"help": "Name of the study in the storage."})
     workers: int = field(
-        default=min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2),
+        default_factory=lambda: min(8, cores()),
         metadata={"help": "Runs at a time on this machine, one thread each."},
     )
     seeds: list[int] = field(
@@ -112,7 +113,7 @@ class SweepArguments:
     )
 
     def __post_init__(self) -> None:
-        ladders = _mapping("ladders", self.ladders)
+        ladders = mapping("ladders", self.ladders)
         self.ladders = {
             f"{role}.{kind}": values
             for role, kinds in ladders.items()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Collection, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from packaging.version import Version
@@ -54,6 +56,11 @@ CORE = (
     "jamba",
 )
 """The families whose whole behaviour is tested here."""
+
+
+def families(names: Iterable[str], always: Collection[str] = CORE) -> list[Any]:
+    """Parameters of a test that takes seconds a family: `make test` runs it for `always`, `make test-all` for all."""
+    return [name if name in always else pytest.param(name, marks=pytest.mark.all_families) for name in names]
 
 
 BYTE_MIXTRAL = {

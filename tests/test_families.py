@@ -18,7 +18,8 @@ from moe_param.adapters import adapter_for, adapters
 from moe_param.roles import Structure, read_structure
 from moe_param.shape import Shape, measure
 from moe_param.trace import Trace, find_layers, trace_model
-from tests.models import ALL_FAMILIES, CORE, FAMILIES, KeepDouble, build, classes, tiny_config, tokens
+from tests.models import ALL_FAMILIES, CORE, FAMILIES, KeepDouble, build, classes, families, tiny_config, tokens
+from tests.test_exactness import CASES
 
 AXES = ("width", "depth", "num_experts", "expert_size")
 
@@ -231,9 +232,11 @@ def test_every_axis_is_scaled_or_refused_with_a_reason(family: str, axis: str) -
     assert len({(r.lr, r.eps, r.weight_decay) for r in parameterization.rules.values()}) <= 13  # frozen included
 
 
-@pytest.mark.parametrize(
-    "family", [f if f in CORE else pytest.param(f, marks=pytest.mark.all_families) for f in FAMILIES]
-)
+EXACT = {family for family, *_ in CASES.values()}
+"""tests/test_exactness.py has these, over 20 steps."""
+
+
+@pytest.mark.parametrize("family", families(FAMILIES, set(CORE) - EXACT))
 def test_folded_training_equals_explicit_multipliers(family: str) -> None:
     """Five AdamW steps in float64, all axes moved that the family has, against raw weights whose multipliers are
     applied in every forward pass. (That the multipliers stand at the right weights is what the tests above show.)"""

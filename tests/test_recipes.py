@@ -156,7 +156,7 @@ def test_torn_last_line_of_metrics_is_dropped(tmp_path: Path) -> None:
 def test_wrong_yaml(tmp_path: Path, yaml: str, message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(yaml)
-    with pytest.raises(InputError, match=message) as raised:
+    with pytest.raises((InputError, moe_param.TunedError), match=message) as raised:
         pretrain.parse(["--config", str(path)])
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
@@ -170,10 +170,10 @@ def test_wrong_yaml(tmp_path: Path, yaml: str, message: str) -> None:
             "256 ids, the model 100: set overrides.vocab_size",
         ),
         (["--overrides", "{hidden: 1}"], InputError, "not JSON"),
-        (["--overrides", '{"hiden_size": 1}'], InputError, "have no hiden_size"),
+        (["--overrides", '{"hiden_size": 1}'], moe_param.TunedError, "have no hiden_size"),
         (["--shape", '{"wide": 1}'], InputError, "no axis 'wide', expected any of width"),
         (["--shape", '{"width": 17}'], moe_param.ShapeError, "width"),
-        (["--model_type", "mixtrall"], InputError, "no config for 'mixtrall'"),
+        (["--model_type", "mixtrall"], moe_param.TunedError, "no config for 'mixtrall'"),
         (["--model", "some/id", "--model_type", "mixtral"], InputError, "set one of model"),
         (["--spec", "moe-complete"], moe_param.SpecError, "moe-completep"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], moe_param.OptimizerError, "reduce_lr_on_plateau"),
@@ -453,8 +453,15 @@ def test_short_run_is_reproducible_and_divergence_is_a_result() -> None:
     assert gone.diverged and gone.validation_loss == math.inf
 
 
-@pytest.mark.parametrize("change", [{"max_grad_norm": 1.0}, {"clip": 1.0}, {"batch_ratio": 2.0}, {"tokens_ratio": 2.0}])
-def test_short_runs_refuse_what_they_do_not_do(tmp_path: Path, change: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"max_grad_norm": 1.0}, {"clip": 1.0}, {"batch_ratio": 2.0}, {"tokens_ratio": 2.0}),
+        {"decay": "ema", "base_steps": 7, "weight_decay": 0.1},
+        {"decay": "none", "weight_decay": 0.1},
+    ],
+)
+def test_short_runs_refuse_what_they_do_not_do(tmp_path: Path, change: dict[str, Any]) -> None:
     flags = [f"--{name}={value}" for name, value in change.items()]
     arguments = pretrain.parse(["--config", TINY, "--output_dir", str(tmp_path), *flags])
     with pytest.raises(InputError, match=next(iter(change))):

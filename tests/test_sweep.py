@@ -13,6 +13,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
+from moe_param import TunedError
 from recipes import sweep
 from recipes.arguments import build_configs, parse
 from recipes.coordinate import key_of
@@ -85,7 +86,7 @@ def test_real_training(config: str, tmp_path: Path) -> None:
     assert (training.max_steps, training.per_device_train_batch_size, data.seq_len) == (6, 4, 32)
     assert (training.logging_steps, training.lr_scheduler_type, training.warmup_steps) == (3, "cosine", 0.25)
     assert best(output)["tuned_at"] == {"width": 16, "depth": 1, "num_experts": 4, "top_k": 2, "expert_size": 16}
-    with pytest.raises(InputError, match="tuned_at"):
+    with pytest.raises(TunedError, match="tuned_at"):
         build_configs(parse(["--config", str(output / "best.yaml"), "--base_shape", "width=32"])[0])
 
 

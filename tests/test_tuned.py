@@ -16,13 +16,12 @@ from moe_param import ParameterizationError, TunedError, read_tuned, scale_confi
 from moe_param.cli import app
 from tests.models import build, tiny_config
 
-SIZES = ("width", "depth", "num_experts", "top_k", "expert_size")
+SIZES = {"width": 64, "depth": 4, "num_experts": 8, "top_k": 2, "expert_size": 96}
 CONSTANTS = {"router": {"lr": 0.25}, "expert_down": {"init": 0.5}}
 
 
 def write(path: Path, **changes: Any) -> Path:
     config = tiny_config("mixtral")
-    shape = moe_param.Shape.from_config(config)
     values = {
         "model_type": "mixtral",
         "overrides": {key: value for key, value in config.to_diff_dict().items() if key != "model_type"},
@@ -30,7 +29,7 @@ def write(path: Path, **changes: Any) -> Path:
         "init_std": 0.05,
         "constants": CONSTANTS,
         "learning_rate": 0.01,
-        "tuned_at": {size: getattr(shape, size) for size in SIZES},
+        "tuned_at": SIZES,
         "max_steps": 100,  # the trainer's
     }
     path.write_text(yaml.safe_dump({k: v for k, v in (values | changes).items() if v is not None}))
@@ -60,9 +59,11 @@ def test_a_file_is_the_same_as_its_numbers(tmp_path: Path) -> None:
             {"model_type": "qwen3_moe", "overrides": {"num_hidden_layers": 1}, "tuned_at": None},
             "different architectures: qwen3_moe and mixtral",
         ),
-        ({"tuned_at": {"width": 32}}, "tuned at width 32, and describes a base with 64"),
-        ({"base_shape": {"width": 7}}, "its base cannot be built"),
-        ({"base_shape": {"depth": 2}}, "tuned at depth 4"),
+        ({"tuned_at": {"width": 32}}, "another base .*width 32, not 64; depth not named"),
+        ({"tuned_at": SIZES | {"widht": 64}}, "another base .*widht 64, not unknown"),
+        ({"base_shape": {"width": 7}}, "best.yaml: .*width"),
+        ({"base_shape": {"depth": 2}}, "another base .*depth 4, not 2"),
+        ({"overrides": {"hiden_size": 64}}, "best.yaml: overrides: mixtral configs have no hiden_size"),
     ],
 )
 def test_a_file_for_another_base_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -93,4 +94,4 @@ def test_the_command_line_reads_it(tmp_path: Path) -> None:
     assert document["rows"] == json.loads(json.dumps(plan.rows(full=True)))
     assert document["init_std"] == 0.05 and not document["recorded"]
     wrong = CliRunner().invoke(app, ["explain", str(write(path, tuned_at={"width": 32})), "--target", "width=128"])
-    assert wrong.exit_code == 2 and "tuned at width 32" in wrong.output
+    assert wrong.exit_code == 2 and "width 32, not 64" in wrong.output
