@@ -210,6 +210,46 @@ def test_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "not run: megablocks (torch), 2 of 2 cases: MegaBlocks' kernels run on CUDA, not on cpu" in printed
 
 
+def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "experts.json"
+    command = ["--smallest", "--device", "cpu", "--out", str(out)]
+    calls: list[str] = []
+
+    def counted(case: Case, *args: Any) -> dict[str, Any]:
+        calls.append(case.routing)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return bench(case, *args)
+
+    monkeypatch.setattr(bench_experts, "bench", counted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_experts.main(command)
+    kept = json.loads(out.read_text())["results"]
+    bench_experts.main([*command, "--resume", "--without", "batched_mm"])
+    results = json.loads(out.read_text())["results"]
+    assert calls == ["balanced", "skewed", "skewed"]
+    assert results[:1] == kept and [result["routing"] for result in results] == ["balanced", "skewed"]
+    assert results[1]["not_run"]["batched_mm"] == "left out by --without"
+    with pytest.raises(SystemExit, match=r"was measured with dtype float32, this is bfloat16"):
+        bench_experts.main([*command, "--resume", "--dtype", "bfloat16"])
+    with pytest.raises(SystemExit, match="give it"):
+        bench_experts.main(["--smallest", "--device", "cpu", "--resume"])
+
+
+def test_a_device_that_is_gone_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an illegal access leaves behind would otherwise be put down to all implementations after the guilty one."""
+
+    def gone() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    with pytest.raises(SystemExit, match=r"sonicmoe left CUDA unusable .*illegal.*E4k2F16H32.*--without 'sonicmoe'"):
+        bench_experts._check_device("cuda", "sonicmoe", CASE)
+    bench_experts._check_device("cpu", "sonicmoe", CASE)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    bench_experts._check_device("cuda", "sonicmoe", CASE)
+
+
 @pytest.mark.parametrize("text", ["E4k5F8H8", "E0k0F8H8", "4,1,8,8", "E4k2F8H8x"])
 def test_shapes_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=rf"'{text}' is no shape.*E128k8F768H2048"):

@@ -3,6 +3,7 @@ MegaBlocks' layer, and a dense MLP of the same FLOPs.
 
     python -m recipes.bench.experts --out experts.json     # the default grid of the device; a picture beside it
     python -m recipes.bench.experts --shapes E128k8F768H2048 --tokens 8192 32768 --routing balanced
+    python -m recipes.bench.experts --out experts.json --resume        # what an interrupted run has not measured yet
 
 A shape is E experts, k of them per token, expert size F, width H. All implementations of a case take turns, on the same
 weights and tokens where they share a layout. Whatever cannot run is in the report with the reason.
@@ -11,6 +12,7 @@ weights and tokens where they share a layout. Whatever cannot run is in the repo
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
@@ -19,9 +21,9 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_param import experts
 from recipes.bench.overhead import compare, ratio
-from recipes.report import bench_report
+from recipes.report import bench_report, hardware, versions
 
 DESCRIPTION = "Forward and backward of an experts layer: megablocks against the others and a dense MLP of equal FLOPs."
 # From the paper (two sparsities), fine-grained ones (the last is Qwen3-30B-A3B's), and Mixtral's.
@@ -226,7 +228,7 @@ BUILDERS: dict[str, Build] = {
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
-def bench(case: Case, device: str, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def bench(case: Case, device: str, dtype: torch.dtype, rounds: int, without: Collection[str] = ()) -> dict[str, Any]:
     layer = Layer(case, device, dtype)
     steps: dict[str, Callable[[], None]] = {}
     details: dict[str, dict[str, Any]] = {}
@@ -234,6 +236,8 @@ def bench(case: Case, device: str, dtype: torch.dtype, rounds: int) -> dict[str,
     expected: Tensor | None = None
     for name in (EAGER, *(name for name in BUILDERS if name != EAGER)):  # eager first: what the others must compute
         try:
+            if name in without:
+                raise NotHere("left out by --without")
             forward, parameters = BUILDERS[name](layer)
             out = forward().detach()  # tunes, allocates, compiles
             expected = out if name == EAGER else expected
@@ -249,6 +253,7 @@ def bench(case: Case, device: str, dtype: torch.dtype, rounds: int) -> dict[str,
             peak = peak_memory(step, device)
         except Exception as reason:  # whatever third-party kernels raise: it belongs in the report
             not_run[name] = _first_sentence(reason)
+            _check_device(device, name, case)
             continue
         steps[name] = step
         details[name] = {"error": error, "peak_mib": round(peak / 2**20, 2)}
@@ -281,6 +286,19 @@ def bench(case: Case, device: str, dtype: torch.dtype, rounds: int) -> dict[str,
         "noise": ratio(seconds, NOISE, DENSE)["ratio"] if DENSE in steps else None,
         "goals": goals(case, seconds, device, dtype),
     }
+
+
+def _check_device(device: str, name: str, case: Case) -> None:
+    """After an illegal access nothing runs on CUDA any more in this process: that is not the others' failure."""
+    if device != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise SystemExit(
+            f"{name} left CUDA unusable ({_first_sentence(error)}) in {case.shape}, {case.tokens} tokens, "
+            f"{case.routing}. What was measured before is in --out; go on with --resume --without '{name}'"
+        ) from error
 
 
 def goals(case: Case, seconds: dict[str, list[float]], device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -436,6 +454,32 @@ def plot(results: list[dict[str, Any]], picture: Path, title: str) -> None:
     figure.savefig(picture, dpi=130)
 
 
+def case_of(result: dict[str, Any]) -> Case:
+    return Case(**{field.name: result[field.name] for field in fields(Case)})
+
+
+def finished(out: Path | None, device: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """The cases in the report of an interrupted run. Nothing if there is none; SystemExit if it was another machine's,
+    other versions', or of another dtype: such numbers do not belong in one table."""
+    if out is None:
+        raise SystemExit("--resume goes on with what is in --out: give it")
+    if not out.exists():
+        return []
+    report = json.loads(out.read_text("utf-8"))
+    results = [result for result in report["results"] if result.get("name") != "provider"]
+    here = {
+        "hardware": hardware(),
+        "versions": versions(),
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    for found in ({**report, **result} for result in results):
+        for name, value in here.items():
+            if found[name] != value:
+                raise SystemExit(f"--resume: {out} was measured with {name} {found[name]}, this is {value}")
+    return results
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m recipes.bench.experts", description=DESCRIPTION)
     parser.add_argument("--out", type=Path, help="where the JSON goes; the picture goes beside it, as .png")
@@ -445,6 +489,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--routing", nargs="+", choices=ROUTINGS, default=ROUTINGS)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--without", nargs="+", choices=tuple(BUILDERS), default=(), metavar="NAME")
+    parser.add_argument("--resume", action="store_true", help="keep the cases that --out holds, measure the others")
     parser.add_argument(
         "--smallest", action="store_true", help="a tiny case, two rounds: tries the code, not the times"
     )
@@ -462,9 +508,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     torch.manual_seed(0)
     cases = [Case(n, *shape, routing) for shape in shapes for n in tokens for routing in arguments.routing]
-    results = []
+    results = finished(arguments.out, device, dtype) if arguments.resume else []
+    seen = [case_of(result) for result in results]
     for case in cases:
-        results.append(bench(case, device, dtype, rounds))
+        if case in seen:
+            continue
+        results.append(bench(case, device, dtype, rounds, arguments.without))
+        bench_report("recipes.bench.experts", argv, arguments.smallest, results, arguments.out)  # may be interrupted
         print(
             f"{len(results)}/{len(cases)}  {case.shape}  {case.tokens} tokens, {case.routing}: "
             f"{results[-1]['fastest']} is the fastest",
