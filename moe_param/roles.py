@@ -75,7 +75,7 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
 
     Raises:
         StructureError: no experts, no decoder stack, or a forward pass that does not run on fake tensors.
-        RoleError: parameters without a role, all of them listed.
+        RoleError: parameters without a role, all of them listed; those that differ in a layer's number on one line.
     """
     model, trace = trace_model(model_class, config)
     reader = _Reader(model, trace)
@@ -84,11 +84,18 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
     for name in trace.shapes:
         role = reader.role(name)
         if role is None:
-            unknown.append(f"{name} {trace.shapes[name]}")
+            unknown.append(name)
         else:
             parameters[name] = reader.info(name, role)
     if unknown:
-        listing = "\n  ".join(unknown)
+        alike: dict[str, list[str]] = {}
+        for name in unknown:
+            alike.setdefault(f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {trace.shapes[name]}", []).append(name)
+        lines = [
+            f"{names[0]} {trace.shapes[names[0]]}" if len(names) == 1 else f"{pattern} × {len(names)}"
+            for pattern, names in alike.items()
+        ]
+        listing = "\n  ".join(lines)
         raise RoleError(
             f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
             "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "

@@ -288,12 +288,19 @@ def test_fan_in_is_the_size_a_matrix_sums_over(family: str) -> None:
 
 # -- what cannot be read ---------------------------------------------------------------------------------------------
 class WithProbes(MixtralForCausalLM):
-    """Two trainable parameters that the forward pass does not use."""
+    """Trainable parameters that the forward pass does not use: one at the top, one in each of `probed` layers."""
+
+    probed = (1,)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.probe = nn.Parameter(torch.zeros(3))
-        self.model.layers[1].mlp.other_probe = nn.Parameter(torch.zeros(2, 5))
+        for layer in self.probed:
+            self.model.layers[layer].mlp.other_probe = nn.Parameter(torch.zeros(2, 5))
+
+
+class WithManyProbes(WithProbes):
+    probed = (0, 2, 3)
 
 
 class WithFrozenProbes(WithProbes):
@@ -310,6 +317,14 @@ def test_parameters_without_a_role_are_all_listed() -> None:
     for part in ("WithProbes has 2 parameters", "probe (3,)", "model.layers.1.mlp.other_probe (2, 5)"):
         assert part in str(error.value)
     assert "gate" not in str(error.value)
+    with pytest.raises(RoleError) as error:
+        moe_param.apply(WithManyProbes(config), config, experts=None)
+    for part in (
+        "WithManyProbes has 4 parameters",
+        "\n  probe (3,)\n",
+        "\n  model.layers.*.mlp.other_probe (2, 5) × 3\n",
+    ):
+        assert part in str(error.value)
     frozen = moe_param.apply(WithFrozenProbes(config), config, experts=None)
     assert {n for n, rule in frozen.rules.items() if rule.role == "frozen"} == {
         "probe",
