@@ -36,7 +36,7 @@ def check(family: str, axis: str, spec: str | ScalingSpec = "moe-completep", lar
 
 
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES, ("mixtral", "deepseek_v3")))
 def test_changes_neither_grow_nor_vanish(family: str, axis: str) -> None:
     """The residual stream stays within ±0.2. Router logits fall towards width^-0.5 and expert hidden units too (early
     steps see the incoherent part of an average over width, which falls so), hence the floor of -0.6 for mixtures."""
@@ -48,7 +48,7 @@ def test_changes_neither_grow_nor_vanish(family: str, axis: str) -> None:
     assert result.passed, result.verdicts
 
 
-@pytest.mark.parametrize("family", families(FAMILIES, ("mixtral", "gpt_oss")))
+@pytest.mark.parametrize("family", families(FAMILIES, ("mixtral",)))
 def test_standard_parameterization_fails_where_it_should(family: str) -> None:
     width = {q: s.value for q, s in check(family, "width", "standard").slopes["change"].items()}
     assert all(width[quantity] > 0.4 for quantity in (*MIXTURES, "residual", "moe_output", "logits")), width
