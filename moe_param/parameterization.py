@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moe_param import optim
 from moe_param.init import check_writable, initialize
 from moe_param.laws import InitLaw
-from moe_param.roles import UNTRAINED, read_structure
+from moe_param.roles import UNTRAINED, layer_pattern, read_structure
 from moe_param.rules import ParameterizationError, Rule, derive_rules
 from moe_param.shape import Shape, ShapeError, scale_config
 from moe_param.spec import DEFAULT_SPEC, ROLES, ScalingSpec
@@ -47,11 +46,7 @@ class Parameterization:
     constants: Mapping[str, Mapping[str, float]] | None = None
 
     # -- training ----------------------------------------------------------------------------------------------
-    def param_groups(
-        self,
-        model: torch.nn.Module,
-        **numbers: Unpack[optim.BaseNumbers],
-    ) -> list[dict[str, Any]]:
+    def param_groups(self, model: torch.nn.Module, **numbers: Unpack[optim.BaseNumbers]) -> list[dict[str, Any]]:
         """Optimizer groups for `model`, wrapped or sharded or not: `lr` and the other numbers of the base model.
 
         Arguments, result and errors are those of `moe_param.optim.param_groups`.
@@ -67,7 +62,7 @@ class Parameterization:
         """One row per role and rule, or with `full` one per parameter: plain values, ready for JSON or a table."""
         rows: dict[Any, dict[str, Any]] = {}
         for name, rule in self.rules.items():
-            pattern = name if full else _pattern(name)[0]
+            pattern = name if full else layer_pattern(name)[0]
             values = {
                 "role": rule.role,
                 "parameter": pattern,
@@ -143,7 +138,7 @@ class Parameterization:
         """Plain JSON values that `from_dict` reads back exactly; what `apply` stores in `config.moe_param`."""
         entries: dict[str, dict[str, Any]] = {}
         for name, rule in self.rules.items():
-            pattern, layer = _pattern(name)
+            pattern, layer = layer_pattern(name)
             values = _encode(rule)
             entry = entries.setdefault(json.dumps([pattern, values]), {"parameter": pattern, **values})
             if layer is not None:
@@ -468,14 +463,6 @@ def _decode(entry: Mapping[str, Any]) -> Rule:
     values["shape"], values["folded"] = tuple(values["shape"]), tuple(values["folded"])
     values["init"] = InitLaw(**values["init"])
     return Rule(**values)
-
-
-def _pattern(name: str) -> tuple[str, int | None]:
-    """`model.layers.3.mlp.gate.weight` → (`model.layers.*.mlp.gate.weight`, 3)."""
-    match = re.search(r"\.(\d+)\.", name)
-    if match is None:
-        return name, None
-    return name[: match.start()] + ".*." + name[match.end() :], int(match.group(1))
 
 
 def _spans(layers: list[int]) -> list[list[int]]:

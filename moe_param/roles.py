@@ -88,14 +88,13 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         else:
             parameters[name] = reader.info(name, role)
     if unknown:
-        alike: dict[str, list[str]] = {}
+        alike: dict[Any, list[str]] = {}
         for name in unknown:
-            alike.setdefault(f"{re.sub(r'[.][0-9]+[.]', '.*.', name)} {trace.shapes[name]}", []).append(name)
-        lines = [
-            f"{names[0]} {trace.shapes[names[0]]}" if len(names) == 1 else f"{pattern} × {len(names)}"
-            for pattern, names in alike.items()
-        ]
-        listing = "\n  ".join(lines)
+            alike.setdefault((layer_pattern(name)[0], trace.shapes[name]), []).append(name)
+        listing = "\n  ".join(
+            f"{names[0]} {shape}" if len(names) == 1 else f"{pattern} {shape} × {len(names)}"
+            for (pattern, shape), names in alike.items()
+        )
         raise RoleError(
             f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
             "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
@@ -105,6 +104,14 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
     return Structure(
         model_class, measure(model, trace), parameters, tuple(sorted(reader.routers)), kinds, reader.gaps()
     )
+
+
+def layer_pattern(name: str) -> tuple[str, int | None]:
+    """`model.layers.3.mlp.gate.weight` → (`model.layers.*.mlp.gate.weight`, 3)."""
+    match = re.search(r"\.(\d+)\.", name)
+    if match is None:
+        return name, None
+    return name[: match.start()] + ".*." + name[match.end() :], int(match.group(1))
 
 
 class _Reader:

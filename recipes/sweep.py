@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,6 +32,7 @@ from transformers import AutoConfig, HfArgumentParser, PretrainedConfig
 
 import moe_param
 from moe_param.trace import model_class_for
+from moe_param.tuned import read_yaml
 from recipes.arguments import ModelArguments, PretrainArguments, build_configs, mapping, parse
 from recipes.coordinate import Point, canonical, key_of
 from recipes.data import DataArguments, InputError
@@ -231,7 +231,7 @@ def read_base(
         "spec": plan.spec.to_dict(),
     }
     text = {f.name for f in fields(DataArguments)}
-    carried = yaml.safe_load(Path(config).read_text("utf-8")) if config else {}
+    carried = read_yaml(config) if config else {}
     document = {
         "model_type": base.model_type,
         "overrides": overrides_of(base),

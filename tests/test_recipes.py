@@ -146,17 +146,17 @@ def test_torn_last_line_of_metrics_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("yaml", "message"),
+    ("yaml", "error", "message"),
     [
-        ("learning_rte: 1e-3\n", "unknown key 'learning_rte', did you mean 'learning_rate'"),
-        ("- a\n", "expected a mapping"),
-        ("a: [\n", "not YAML"),
+        ("learning_rte: 1e-3\n", InputError, "unknown key 'learning_rte', did you mean 'learning_rate'"),
+        ("- a\n", moe_param.TunedError, "expected a mapping"),
+        ("a: [\n", moe_param.TunedError, "not YAML"),
     ],
 )
-def test_wrong_yaml(tmp_path: Path, yaml: str, message: str) -> None:
+def test_wrong_yaml(tmp_path: Path, yaml: str, error: type[Exception], message: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(yaml)
-    with pytest.raises((InputError, moe_param.TunedError), match=message) as raised:
+    with pytest.raises(error, match=message) as raised:
         pretrain.parse(["--config", str(path)])
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
 
