@@ -66,7 +66,7 @@ test-all: lint types  ## the same for every family: 7 minutes more on 2 cores
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
-	$(BIN)/python -m recipes.transfer --config recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
+	$(BIN)/python -m moe_param.tuning.transfer --config recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
 
 format: $(STAMP)  ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .

@@ -3,41 +3,47 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from moe_param.registration import register_experts
+from moe_param.experts.registration import register_experts
 
 if TYPE_CHECKING:
-    from moe_param.balance import BalanceError, LoadBalancer, LoadBalancingCallback, linear_decay
-    from moe_param.clipping import ScaleFreeClipping, clip_grad_norm_
-    from moe_param.coordinates import CoordCheck, CoordCheckError, coord_check
-    from moe_param.horizon import HorizonError, HorizonFactors, horizon_factors
+    from moe_param.applying import apply, plan
+    from moe_param.balancing.balancer import BalanceError, LoadBalancer, linear_decay
+    from moe_param.balancing.callback import LoadBalancingCallback
+    from moe_param.balancing.routing import RoutingError
+    from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
+    from moe_param.errors import InputError, MoeParamError
     from moe_param.init import WeightsError
-    from moe_param.optim import OptimizerError, check_schedule
-    from moe_param.parameterization import Parameterization, apply, plan
-    from moe_param.roles import RoleError
-    from moe_param.routing import RoutingError
-    from moe_param.rules import ParameterizationError, Rule
-    from moe_param.shape import Shape, ShapeError, scale_config
-    from moe_param.spec import ScalingSpec, SpecError
-    from moe_param.trace import StructureError
+    from moe_param.optim.clipping import ScaleFreeClipping, clip_grad_norm_
+    from moe_param.optim.groups import OptimizerError, check_schedule
+    from moe_param.parameterization import Parameterization
+    from moe_param.scaling.horizon import HorizonError, HorizonFactors, horizon_factors
+    from moe_param.scaling.rules import ParameterizationError, Rule
+    from moe_param.scaling.spec import ScalingSpec, SpecError
+    from moe_param.structure.roles import RoleError
+    from moe_param.structure.shape import Shape, ShapeError, scale_config
+    from moe_param.structure.trace import StructureError
     from moe_param.tuned import Tuned, TunedError, read_tuned
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {
-    "balance": ("BalanceError", "LoadBalancer", "LoadBalancingCallback", "linear_decay"),
-    "clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
-    "coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
-    "horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
+    "applying": ("apply", "plan"),
+    "balancing.balancer": ("BalanceError", "LoadBalancer", "linear_decay"),
+    "balancing.callback": ("LoadBalancingCallback",),
+    "balancing.routing": ("RoutingError",),
+    "checks.coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
+    "errors": ("InputError", "MoeParamError"),
     "init": ("WeightsError",),
-    "optim": ("OptimizerError", "check_schedule"),
-    "parameterization": ("Parameterization", "apply", "plan"),
-    "roles": ("RoleError",),
-    "rules": ("ParameterizationError", "Rule"),
-    "routing": ("RoutingError",),
-    "shape": ("Shape", "ShapeError", "scale_config"),
-    "spec": ("ScalingSpec", "SpecError"),
-    "trace": ("StructureError",),
+    "optim.clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
+    "optim.groups": ("OptimizerError", "check_schedule"),
+    "parameterization": ("Parameterization",),
+    "scaling.horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
+    "scaling.rules": ("ParameterizationError", "Rule"),
+    "scaling.spec": ("ScalingSpec", "SpecError"),
+    "structure.roles": ("RoleError",),
+    "structure.shape": ("Shape", "ShapeError", "scale_config"),
+    "structure.trace": ("StructureError",),
     "tuned": ("Tuned", "TunedError", "read_tuned"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
@@ -48,8 +54,10 @@ __all__ = [
     "CoordCheckError",
     "HorizonError",
     "HorizonFactors",
+    "InputError",
     "LoadBalancer",
     "LoadBalancingCallback",
+    "MoeParamError",
     "OptimizerError",
     "Parameterization",
     "ParameterizationError",

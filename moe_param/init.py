@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from moe_param.laws import InitLaw
+from moe_param.errors import MoeParamError
+from moe_param.structure.laws import InitLaw
 
 BLOCK = 2**20
 """Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""
@@ -22,7 +23,7 @@ BLOCK = 2**20
 _RANDOM = ("normal", "uniform", "trunc_normal")
 
 
-class WeightsError(ValueError):
+class WeightsError(MoeParamError):
     """Weights that cannot be written: on the meta device, quantized, or sharded in a way that is not understood."""
 
 

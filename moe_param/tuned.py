@@ -10,11 +10,12 @@ from typing import Any
 import yaml
 from transformers import AutoConfig, PretrainedConfig
 
-from moe_param.shape import SIZES, Shape, scale_config
-from moe_param.spec import DEFAULT_SPEC
+from moe_param.errors import MoeParamError
+from moe_param.scaling.spec import DEFAULT_SPEC
+from moe_param.structure.shape import SIZES, Shape, scale_config
 
 
-class TunedError(ValueError):
+class TunedError(MoeParamError):
     """Tuned numbers, or the base they are for, that cannot be read or contradict each other."""
 
 
@@ -30,7 +31,7 @@ class Tuned:
 
 
 def read_tuned(path: str | Path) -> Tuned:
-    """Reads a YAML file as `recipes.sweep` writes it and `recipes.pretrain --config` takes it.
+    """Reads a YAML file as `moe_param.tuning.sweep` writes it and `moe_param.training.pretrain --config` takes it.
 
     Keys: model (folder or Hub id of a config) or model_type, overrides (config attributes), base_shape (sizes that
     change it), spec, init_std, constants, learning_rate, tuned_at (the base's sizes, checked). Others are for training.
@@ -40,7 +41,7 @@ def read_tuned(path: str | Path) -> Tuned:
     """
     values = read_yaml(path)
     if ("model" in values) == ("model_type" in values):
-        raise TunedError(f"{path}: expected one of model and model_type, as recipes.sweep writes it")
+        raise TunedError(f"{path}: expected one of model and model_type, as moe_param.tuning.sweep writes it")
     try:
         config = build_config(values.get("model"), values.get("model_type"), values.get("overrides") or {})
         base = scale_config(config, **(values.get("base_shape") or {}))

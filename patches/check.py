@@ -70,7 +70,7 @@ def layer(provider: str = "torch") -> str:
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-    from moe_param import experts
+    from moe_param.experts import megablocks as experts
 
     device = _device()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parent.parent / "recipes" / "coord_check" / "families.json").read_text()
+    (Path(__file__).parent.parent / "recipes" / "evidence" / "coord_check" / "families.json").read_text()
 )
 """Every family of transformers that uses the experts interface: its classes and a config that trains in seconds."""
 

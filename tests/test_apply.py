@@ -28,7 +28,7 @@ from moe_param import (
     scale_config,
 )
 from tests.models import build, classes, tiny_config, tokens
-from tests.test_roles import WithProbes
+from tests.structure.test_roles import WithProbes
 
 BASE = Shape(width=32, depth=2, num_experts=4, top_k=1, expert_size=48)
 """A base for the tiny mixtral, which is 64 wide, 4 deep, with 2 of 8 experts of 96."""

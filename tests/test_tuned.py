@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import moe_param
 from moe_param import ParameterizationError, TunedError, read_tuned, scale_config
-from moe_param.cli import app
+from moe_param.cli.main import app
 from tests.models import build, tiny_config
 
 SIZES = {"width": 64, "depth": 4, "num_experts": 8, "top_k": 2, "expert_size": 96}

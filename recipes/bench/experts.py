@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from moe_param import experts
+from moe_param.experts import megablocks as experts
+from moe_param.training.report import bench_report, hardware, versions
 from recipes.bench.overhead import compare, ratio
-from recipes.report import bench_report, hardware, versions
 
 DESCRIPTION = "Forward and backward of an experts layer: megablocks against the others and a dense MLP of equal FLOPs."
 # From the paper (two sparsities), fine-grained ones (the last is Qwen3-30B-A3B's), and Mixtral's.
@@ -526,7 +526,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if choice := providers(results):
         key = tuple(choice["capability"])
         print(
-            f"moe_param.experts.FASTEST[{key}] = {choice['fastest']!r}  # torch / grouped_gemm: "
+            f"moe_param.experts.megablocks.FASTEST[{key}] = {choice['fastest']!r}  # torch / grouped_gemm: "
             f"{choice['torch_over_grouped_gemm']}"
         )
     rows = [*results, choice] if choice else results

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate/NAME.yaml -m tests.distributed.pretrain_worker FOLDER TASKS.json
 
-TASKS.json is a list of [name, arguments of recipes.pretrain, what to plant]. Writes FOLDER/rankN.json.
+TASKS.json is a list of [name, arguments of moe_param.training.pretrain, what to plant]. Writes FOLDER/rankN.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipes import pretrain
-from recipes.report import MetricsFile
+from moe_param.training import pretrain
+from moe_param.training.report import MetricsFile
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from recipes.report import read_lines
+from moe_param.training.report import read_lines
 from tests.distributed import pretrain_worker
-from tests.kills import texts
 from tests.models import tiny_config
+from tests.training.kills import texts
 
 ROOT = Path(__file__).parents[2]
 FAMILY = "glm4_moe"

@@ -17,8 +17,8 @@ import torch.utils.checkpoint
 import transformers
 
 import moe_param
-from moe_param import experts
-from tests.experts_interpreted import inputs, run, synthetic
+from moe_param.experts import megablocks as experts
+from tests.experts.interpreted import inputs, run, synthetic
 from tests.models import build, tiny_config, tokens
 
 pytestmark = [

@@ -1,0 +1,252 @@
+"""`apply`: writes a parameterization into a model. `plan`: the same rules from configs alone."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moe_param.init import check_writable, initialize
+from moe_param.parameterization import Parameterization
+from moe_param.record import check_shapes
+from moe_param.scaling.rules import ParameterizationError, derive_rules
+from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
+from moe_param.structure.roles import read_structure
+from moe_param.structure.shape import Shape, ShapeError, scale_config
+from moe_param.tuned import read_tuned
+
+logger = logging.getLogger(__name__)
+
+
+def plan(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    base_shape: Shape | PretrainedConfig | str | Path,
+    target_shape: Shape | None = None,
+    *,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
+    init_std: float | None = None,
+    constants: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int | None = None,
+    allow_sparsity_change: bool = False,
+) -> Parameterization:
+    """The rules `apply` would write, from configs alone: nothing is built in memory. Arguments are those of `apply`.
+
+    Raises:
+        ParameterizationError, ShapeError, SpecError, StructureError, RoleError: as `apply`.
+    """
+    if isinstance(base_shape, str | Path):
+        base_shape, spec, init_std, constants = _tuned(base_shape, spec, init_std, constants)
+    table = ScalingSpec.load(spec)
+    _check_numbers(init_std, constants)
+    if isinstance(base_shape, Shape):
+        wanted = {k: v for k, v in asdict(base_shape).items() if k != "head_dim"}
+        base_config = scale_config(config, **wanted, model_class=model_class)
+    elif isinstance(base_shape, PretrainedConfig):
+        base_config = base_shape
+        if base_config.model_type != config.model_type:
+            raise ParameterizationError(
+                f"base and target are different architectures: {base_config.model_type} and {config.model_type}"
+            )
+    else:
+        raise ParameterizationError(
+            "base_shape must be a Shape, a PretrainedConfig or the path of a YAML file, "
+            f"got {type(base_shape).__name__}"
+        )
+    target = read_structure(model_class, config)
+    base = read_structure(model_class, base_config)
+    if isinstance(base_shape, Shape) and base_shape.head_dim not in (None, base.shape.head_dim):
+        raise ShapeError(
+            f"base_shape.head_dim = {base_shape.head_dim}, but heads are scaled at the model's head_dim "
+            f"{base.shape.head_dim}: for another head_dim at the base pass the base config instead of a Shape"
+        )
+    if target_shape is not None and not isinstance(target_shape, Shape):
+        raise ParameterizationError(f"target_shape must be a Shape, got {type(target_shape).__name__}")
+    if target_shape is not None:
+        given = target_shape if target_shape.head_dim else replace(target_shape, head_dim=target.shape.head_dim)
+        if given != target.shape:
+            raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
+    _check_sparsity(base.shape, target.shape, allow_sparsity_change)
+    rules = derive_rules(table, base, target, init_std, constants or {})
+    return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants)
+
+
+def apply(
+    model: PreTrainedModel,
+    base_shape: Shape | PretrainedConfig | str | Path,
+    target_shape: Shape | None = None,
+    *,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
+    init_std: float | None = None,
+    constants: Mapping[str, Mapping[str, float]] | None = None,
+    seed: int | None = None,
+    reinit: bool = True,
+    experts: str | None = "auto",
+    allow_sparsity_change: bool = False,
+) -> Parameterization:
+    """Rewrites the initialization of `model` in place and returns the rules of its parameters.
+
+    The forward pass is not touched: multipliers are folded into init, learning rate and epsilon (the abc-symmetry of
+    Adam; arXiv:2601.20205, D.1). At `base_shape` everything is as transformers has it, with one learning rate.
+
+    Args:
+        model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
+        base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that a sweep
+            wrote (`read_tuned`): base, spec, init_std and constants are then the file's.
+        target_shape: checked against the model; the model's own shape by default.
+        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping.
+        init_std: σ of every randomly initialized parameter of the base; by default transformers' own.
+        constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
+        seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device
+            or the sharding. Default: drawn from torch's global generator (give one where ranks must agree).
+        reinit: False leaves the weights alone (continued training, a loaded checkpoint) and gives only the rates.
+        experts: an implementation for transformers' experts interface; "auto" takes "megablocks" where it is usable
+            on the model's device and otherwise leaves transformers' choice; None leaves it without a word.
+        allow_sparsity_change: warn instead of raising where top_k / num_experts differs from the base.
+
+    Returns:
+        The `Parameterization`, also recorded as plain JSON in `model.config.moe_param`.
+
+    Raises:
+        StructureError: no experts, or a forward pass that cannot be read.
+        RoleError: parameters without a role, all of them listed.
+        ShapeError: sizes that contradict the model or do not divide.
+        SpecError: an invalid scaling table.
+        WeightsError: meta weights.
+        ParameterizationError: a model already parameterized or quantized, another architecture than the base, another
+            sparsity, a multiplier without a place to go, NaN or negative constants, numbers that contradict a file.
+        TunedError: a file of tuned numbers that cannot be read or is not for its base.
+        In every case the model is left as it was.
+    """
+    if reinit and _is_parameterized(model):
+        raise ParameterizationError(
+            f"{type(model).__name__} is already parameterized (config.moe_param is set): read its rules with "
+            "Parameterization.from_model(model), or pass reinit=False to replace the rates and keep the weights. "
+            "Where the weights are new and only the config was loaded, delete config.moe_param first."
+        )
+    if seed is None and reinit:
+        seed = int(torch.randint(2**31, (), device="cpu").item())
+    parameterization = plan(
+        type(model),
+        model.config,
+        base_shape,
+        target_shape,
+        spec=spec,
+        init_std=init_std,
+        constants=constants,
+        seed=seed,
+        allow_sparsity_change=allow_sparsity_change,
+    )
+    shapes = {name: rule.shape for name, rule in parameterization.rules.items()}
+    check_shapes(shapes, model, "its config builds")
+    backend = _choose_experts(model, experts)
+    if reinit:
+        assert seed is not None
+        check_writable(model)
+        initialize(model, {name: (rule.init, rule.padding) for name, rule in parameterization.rules.items()}, seed)
+    if backend is not None:
+        model.set_experts_implementation(backend)
+    model.config.moe_param = parameterization.to_dict()
+    model._moe_param = True  # type: ignore[assignment]
+    return parameterization
+
+
+def _is_parameterized(model: PreTrainedModel) -> bool:
+    """By this process (the model is marked), or by the one that saved what it was loaded from.
+
+    The record in the config alone does not tell: models built from one config object share it.
+    """
+    recorded = getattr(model.config, "moe_param", None) is not None
+    return getattr(model, "_moe_param", False) or (recorded and bool(model.config.name_or_path))
+
+
+def _tuned(
+    path: str | Path,
+    spec: Any,
+    init_std: float | None,
+    constants: Mapping[str, Mapping[str, float]] | None,
+) -> tuple[PretrainedConfig, str, float | None, Mapping[str, Mapping[str, float]] | None]:
+    tuned = read_tuned(path)
+    given = {"init_std": init_std, "constants": constants, "spec": None if spec == DEFAULT_SPEC else spec}
+    for name, value in given.items():
+        if value is not None and value != getattr(tuned, name):
+            raise ParameterizationError(
+                f"{name} is {value!r} here and {getattr(tuned, name)!r} in {path}: leave it to the file, or give "
+                "base_shape as a Shape"
+            )
+    return tuned.base, tuned.spec, tuned.init_std, tuned.constants
+
+
+def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
+    if experts is None:
+        return None
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    from moe_param.experts.megablocks import is_available
+
+    if experts != "auto":
+        if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
+            valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
+            raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
+        return experts
+    if model.device.type == "cuda" and is_available():
+        return "megablocks"
+    reason = "it is not installed" if model.device.type == "cuda" else f"it does not run on {model.device.type}"
+    _say_once(
+        f"experts='auto': no megablocks, {reason}; transformers' own experts implementation "
+        f"({model.config._experts_implementation}) stays"
+    )
+    return None
+
+
+_said: set[str] = set()
+
+
+def _say_once(message: str) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.warning(message)
+
+
+def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:
+    if base.sparsity == target.sparsity:
+        return
+    message = (
+        f"the target activates {target.top_k} of {target.num_experts} experts, the base {base.top_k} of "
+        f"{base.num_experts}: the rules hold at fixed sparsity top_k / num_experts (arXiv:2601.20205, Section 3.2)."
+    )
+    if not allowed:
+        raise ParameterizationError(message + " Scale top_k with num_experts, or pass allow_sparsity_change=True.")
+    warnings.warn(
+        message + " The paper saw the transferred optimum degrade slowly when sparsity changes (Figure 11).",
+        stacklevel=4,
+    )
+
+
+def _check_numbers(init_std: float | None, constants: Mapping[str, Mapping[str, float]] | None) -> None:
+    if init_std is not None and not _positive(init_std):
+        raise ParameterizationError(f"init_std must be a positive number, got {init_std!r}")
+    if constants is not None and not isinstance(constants, Mapping):
+        raise ParameterizationError(f"constants must map roles to {{'init': c, 'lr': c}}, got {constants!r}")
+    for role, values in (constants or {}).items():
+        if role not in ROLES:
+            raise ParameterizationError(f"constants: unknown role {role!r} (valid: {', '.join(ROLES)})")
+        if not isinstance(values, Mapping):
+            raise ParameterizationError(f"constants.{role} must be a mapping like {{'lr': 0.5}}, got {values!r}")
+        for key, value in values.items():
+            if key not in ("init", "lr"):
+                raise ParameterizationError(f"constants.{role}: unknown key {key!r} (valid: init, lr)")
+            if not _positive(value):
+                raise ParameterizationError(f"constants.{role}.{key} must be a positive number, got {value!r}")
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0

@@ -1,0 +1,203 @@
+"""Optimizer groups and the factory that `Trainer` calls."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict, cast
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from moe_param.errors import MoeParamError
+from moe_param.scaling.horizon import HorizonFactors, horizon_factors
+
+if TYPE_CHECKING:
+    from moe_param.scaling.rules import Rule
+
+RATIO_BREAKING_SCHEDULES = ("reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy", "GreedyLR")
+"""Schedules that set learning rates by a floor or a probe per group, so that ratios between groups drift."""
+
+DECAYS = ("independent", "ema", "none")
+"""Conventions of weight decay by name; see `param_groups`."""
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+class _Optional(TypedDict, total=False):
+    eps: float
+    weight_decay: float
+    decay: str
+    steps: int | None
+    base_steps: int | None
+    batch_ratio: float
+    tokens_ratio: float
+    betas: tuple[float, float] | None
+
+
+class BaseNumbers(_Optional):
+    """The keyword arguments of `param_groups`, for those that hand them on."""
+
+    lr: float
+
+
+class OptimizerError(MoeParamError):
+    """Groups that cannot be built for this model or with these numbers."""
+
+
+def plain_name(name: str) -> str:
+    """The name a parameter had before DDP, torch.compile, FSDP or checkpoint wrappers put theirs in front."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter, Rule]]:
+    """Name, parameter and rule of all that is optimized in `model`.
+
+    Raises:
+        OptimizerError: a parameter without a rule, a rule without its parameter.
+    """
+    found, unknown, seen = [], [], set()
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(full_name)
+        rule = rules.get(name)
+        seen.add(name)
+        if rule is None:
+            unknown.append(full_name)
+        elif parameter.requires_grad and rule.lr:
+            found.append((name, parameter, rule))
+    missing = sorted(set(rules) - seen)
+    if unknown or missing:
+        raise OptimizerError(
+            f"the model is not the one that was parameterized: no rule for {unknown[:5] or 'none'}, "
+            f"no parameter for {missing[:5] or 'none'}"
+        )
+    return found
+
+
+def mesh_of(tensor: torch.Tensor) -> Any:
+    """The device mesh a tensor is sharded over; foreach operations take tensors of one mesh at a time."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
+
+
+def param_groups(
+    rules: Mapping[str, Rule],
+    model: torch.nn.Module,
+    *,
+    lr: float,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decay: str = "independent",
+    steps: int | None = None,
+    base_steps: int | None = None,
+    batch_ratio: float = 1.0,
+    tokens_ratio: float = 1.0,
+    betas: tuple[float, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Adam groups: parameters with equal factors share a group; the group that Trainer logs (the first) has ratio 1.
+
+    Args:
+        rules: name -> Rule. Names decide, so wrapped (DDP, compile) and sharded (FSDP2) models work.
+        model: the model that is trained.
+        lr, eps, weight_decay, betas: the base model's numbers. Groups hold betas only where they are given.
+        decay: what of weight decay stays constant, in every group and at every scale: "independent": lr·λ, the
+            shrinkage of a step. "ema": lr·λ·steps, the shrinkage of the run, whose inverse is the share of the run
+            that weights average over (arXiv:2405.13698). "none": there is none, as in arXiv:2601.20205.
+        steps, base_steps: of this run and of the base's; for "ema" and only there.
+        batch_ratio, tokens_ratio: tokens per step and tokens of the run over the base's; 1 is off. They scale lr, eps,
+            betas, and with "independent" also weight decay, by `moe_param.scaling.horizon.horizon_factors`.
+
+    Returns:
+        Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay` and, if given, `betas`.
+
+    Raises:
+        OptimizerError: a trainable parameter without a rule, a rule without its parameter, numbers out of range.
+        HorizonError: ratios that the square root rules do not cover.
+    """
+    if not lr > 0 or not eps >= 0 or not weight_decay >= 0:
+        raise OptimizerError(f"lr must be > 0, eps and weight_decay ≥ 0: got {lr}, {eps}, {weight_decay}")
+    horizon = horizon_factors(batch_ratio, tokens_ratio)
+    if horizon.beta != 1.0 and betas is None:
+        raise OptimizerError(
+            f"batch_ratio {batch_ratio:g} and tokens_ratio {tokens_ratio:g} scale Adam's betas too: "
+            "give betas, the base's"
+        )
+    weight_decay *= _decay_factor(decay, weight_decay, steps, base_steps, horizon)
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter, rule in trained(rules, model):
+        factors = tuple(float(f"{x:.12g}") for x in (rule.lr, rule.eps, rule.weight_decay if weight_decay else 0.0))
+        group = groups.setdefault((factors, mesh_of(parameter)), {"params": [], "names": [], "factors": factors})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    ordered = sorted(groups.values(), key=lambda g: (g["factors"][0] != 1.0, g["factors"][1] != 1.0))
+    for group in ordered:
+        lr_factor, eps_factor, decay_factor = group.pop("factors")
+        group.update(
+            lr=lr * horizon.lr * lr_factor,
+            eps=eps * horizon.eps * eps_factor,
+            weight_decay=weight_decay * decay_factor,
+        )
+        if betas is not None:
+            group["betas"] = horizon.betas(betas)
+    return ordered
+
+
+def _decay_factor(
+    decay: str, weight_decay: float, steps: int | None, base_steps: int | None, horizon: HorizonFactors
+) -> float:
+    """The factor on λ that all groups share; each group's own, 1 / (its factor on lr), is in its rule."""
+    if decay not in DECAYS:
+        raise OptimizerError(f"decay {decay!r} is not a convention: choose one of {', '.join(DECAYS)}")
+    if decay == "none" and weight_decay:
+        raise OptimizerError(f"decay 'none' with weight_decay {weight_decay:g}: set it to 0, or choose another decay")
+    if decay != "ema":
+        if steps is not None or base_steps is not None:
+            raise OptimizerError(f"steps and base_steps belong to decay 'ema'; decay {decay!r} does not use them")
+        return horizon.weight_decay
+    if not steps or not base_steps or steps < 0 or base_steps < 0:
+        raise OptimizerError(
+            "decay 'ema' keeps lr·λ·steps constant and needs steps (of this run) and base_steps (of the run that "
+            f"weight_decay was found on), both positive: got steps {steps}, base_steps {base_steps}"
+        )
+    if horizon.beta != 1.0 and not math.isclose(steps / base_steps, 1.0 / horizon.beta, rel_tol=0.05):
+        raise OptimizerError(
+            f"tokens_ratio / batch_ratio = {1.0 / horizon.beta:g} is the ratio of steps, but steps / base_steps = "
+            f"{steps / base_steps:g}: one of the four is wrong"
+        )
+    return base_steps / steps / horizon.lr
+
+
+def optimizer_factory(rules: Mapping[str, Rule], optimizer_class: type[torch.optim.Optimizer]) -> type:
+    """A class that `Trainer(optimizer_cls_and_kwargs=(factory, kwargs))` instantiates and calls with the model.
+
+    kwargs: `lr` (required) and the other arguments of `param_groups`, all of them the base's numbers, and whatever else
+    `optimizer_class` takes (fused, …). The model is the one being trained, so this works under FSDP2, where
+    `Trainer(optimizers=…)` is refused.
+    """
+    betas = inspect.signature(optimizer_class).parameters.get("betas")
+
+    class Factory:
+        def __call__(self, model: torch.nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
+            numbers = {name: kwargs.pop(name) for name in BaseNumbers.__annotations__ if name in kwargs}
+            if betas is not None:
+                numbers.setdefault("betas", betas.default)
+            groups = param_groups(rules, model, **cast(BaseNumbers, numbers))
+            defaults = {name: numbers[name] for name in ("lr", "eps", "weight_decay") if name in numbers}
+            return optimizer_class(groups, **defaults, **kwargs)
+
+    Factory.__name__ = f"{optimizer_class.__name__}Factory"
+    return Factory
+
+
+def check_schedule(name: str) -> None:
+    """Refuses learning-rate schedules that would change the ratios between groups.
+
+    Raises:
+        OptimizerError: for ReduceLROnPlateau and Greedy, by the name transformers gives them.
+    """
+    name = str(getattr(name, "value", name))  # transformers' SchedulerType is an enum
+    if name in RATIO_BREAKING_SCHEDULES:
+        raise OptimizerError(
+            f"the schedule {name} sets each group's learning rate by itself, so the ratios between groups, which are "
+            "the parameterization, would drift: use a multiplicative schedule (constant, linear, cosine, wsd)"
+        )

@@ -1,0 +1,343 @@
+"""The role of every parameter, from the module tree and one traced forward pass. No family is named here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from moe_param.errors import MoeParamError
+from moe_param.structure.adapters import adapter_for
+from moe_param.structure.laws import InitLaw
+from moe_param.structure.shape import Shape, measure
+from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, trace_model
+
+UNTRAINED = ("frozen", "selection_bias")
+"""Roles of parameters that no optimizer touches."""
+
+
+class RoleError(MoeParamError):
+    """Parameters whose role cannot be told; the message lists all of them."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """One parameter of a model.
+
+    fan_in, fan_out: sizes of the contraction it takes part in; None where it is not a matrix.
+    of: for a bias, the role of its linear or norm. offset: a gain of the form 1 + w.
+    layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name).
+    sites: forward multipliers that stand before or behind it (`moe_param.scaling.spec.SITES`).
+    head_dim, scaling: of the attention whose queries it makes.
+    padding: row of an embedding that stays zero.
+    undo: {dimension: exponent} of a factor in the family's own forward pass that is taken back.
+    """
+
+    role: str
+    shape: tuple[int, ...]
+    law: InitLaw
+    fan_in: int | None = None
+    fan_out: int | None = None
+    of: str | None = None
+    offset: bool = False
+    layer: int | None = None
+    relative: str = ""
+    sites: frozenset[str] = frozenset()
+    head_dim: int | None = None
+    scaling: float | None = None
+    padding: int | None = None
+    undo: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What moe_param knows of a model: its shape, and an `Info` per parameter name.
+
+    routers: names of the modules that route, one per MoE layer.
+    kinds: per decoder layer, what it consists of; layers of one kind correspond to each other across models.
+    gaps: site -> why the forward multiplier of that site has no parameter to go into.
+    """
+
+    model_class: type[PreTrainedModel]
+    shape: Shape
+    parameters: dict[str, Info]
+    routers: tuple[str, ...]
+    kinds: tuple[Any, ...]
+    gaps: dict[str, str] = field(default_factory=dict)
+
+
+def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Structure:
+    """The roles of all parameters of `model_class(config)`, without building it in memory.
+
+    Raises:
+        StructureError: no experts, no decoder stack, or a forward pass that does not run on fake tensors.
+        RoleError: parameters without a role, all of them listed; those that differ in a layer's number on one line.
+    """
+    model, trace = trace_model(model_class, config)
+    reader = _Reader(model, trace)
+    parameters: dict[str, Info] = {}
+    unknown: list[str] = []
+    for name in trace.shapes:
+        role = reader.role(name)
+        if role is None:
+            unknown.append(name)
+        else:
+            parameters[name] = reader.info(name, role)
+    if unknown:
+        alike: dict[Any, list[str]] = {}
+        for name in unknown:
+            alike.setdefault((layer_pattern(name)[0], trace.shapes[name]), []).append(name)
+        listing = "\n  ".join(
+            f"{names[0]} {shape}" if len(names) == 1 else f"{pattern} {shape} × {len(names)}"
+            for (pattern, shape), names in alike.items()
+        )
+        raise RoleError(
+            f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
+            "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
+            "model's __init__), remove them, or give them a role in moe_param/structure/adapters.yaml."
+        )
+    kinds = reader.kinds(parameters, config)
+    return Structure(
+        model_class, measure(model, trace), parameters, tuple(sorted(reader.routers)), kinds, reader.gaps()
+    )
+
+
+def layer_pattern(name: str) -> tuple[str, int | None]:
+    """`model.layers.3.mlp.gate.weight` → (`model.layers.*.mlp.gate.weight`, 3)."""
+    match = re.search(r"\.(\d+)\.", name)
+    if match is None:
+        return name, None
+    return name[: match.start()] + ".*." + name[match.end() :], int(match.group(1))
+
+
+class _Reader:
+    def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
+        self.trace = trace
+        self.adapter = adapter_for(model.config)
+        self.modules: dict[str, nn.Module] = dict(model.named_modules())
+        self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        self.stack, layers = find_layers(model)
+        self.depth = len(layers)
+        self.experts = [name for name, module in self.modules.items() if is_experts(module)]
+        self.blocks = {name.rpartition(".")[0] for name in self.experts}
+        self.routers = {r.module for r in trace.routers if r.module is not None}
+        if len(self.routers) < len(trace.routers):
+            lost = [r.experts for r in trace.routers if r.module is None]
+            raise StructureError(f"no module hands its indices to the experts {lost}: no router was found")
+        ids = {id(p): name for name, p in model.named_parameters()}
+        head = model.get_output_embeddings()
+        self.head = ids.get(id(getattr(head, "weight", None)))
+        self.tied = self.head in trace.embeddings
+        self.input_embedding = ids.get(id(getattr(model.get_input_embeddings(), "weight", None)))
+        self.closers = {name for branch in trace.branches for name in branch.closers}
+        # The last matrices of a branch, also where a norm closes it.
+        self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
+        self.queries = {name: attention for attention in trace.attentions for name in attention.query}
+        self.keys = {name for attention in trace.attentions for name in attention.key}
+        self.unnormalized = {r.experts for r in trace.routers if not r.normalized}
+
+    # -- roles -------------------------------------------------------------------------------------------------
+    def role(self, name: str) -> str | None:
+        owner, _, leaf = name.rpartition(".")
+        if not self.trainable[name]:
+            numel = 1
+            for size in self.trace.shapes[name]:
+                numel *= size
+            counts = {int(self.modules[e].num_experts) for e in self.experts}  # type: ignore[arg-type]
+            in_block = any(name.startswith(block + ".") for block in self.blocks)
+            return "selection_bias" if in_block and numel in counts else "frozen"
+        if name in self.trace.embeddings:
+            return "embedding"
+        if name == self.head:
+            return "unembedding"
+        if self.bias_of(name) is not None:
+            return "bias"
+        if name in self.trace.gains:
+            return self.norm_role(name)
+        if owner in self.experts:
+            return "expert_down" if leaf.startswith("down") else "expert_up"
+        for pattern, role in self.adapter.roles.items():
+            if re.fullmatch(pattern, self.relative(name)):
+                return role
+        if name not in self.trace.used:
+            return None
+        if name not in self.trace.fan_in:
+            return "other"  # vectors of a mixer: sinks, decays, scales
+        if any(name.startswith(router + ".") for router in self.routers):
+            return "router"
+        end = name in self.ends
+        if self.in_attention(name):
+            return "attention_out" if end else "attention_in"
+        if self.in_mlp(name):
+            kind = "shared" if self.beside_experts(name) else "dense"
+            return f"{kind}_down" if end else f"{kind}_up"
+        return "other_out" if end else "other"
+
+    def norm_role(self, name: str) -> str:
+        if name in self.trace.logits_from and self.layer_of(name) is None:
+            return "final_norm"
+        if name in self.closers:
+            return "post_norm"
+        if name in self.queries:
+            return "query_norm"
+        return "key_norm" if name in self.keys else "norm"
+
+    def bias_of(self, name: str) -> str | None:
+        """The weight a bias belongs to: `x.bias` to `x.weight`, an experts module's `down_proj_bias` to `down_proj`."""
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "bias" and f"{owner}.weight" in self.trace.shapes:
+            return f"{owner}.weight"
+        if owner in self.experts and leaf.endswith("_bias"):
+            return f"{owner}.{leaf.removesuffix('_bias')}"
+        return None
+
+    def layer_of(self, name: str) -> int | None:
+        if not name.startswith(self.stack + "."):
+            return None
+        return int(name[len(self.stack) + 1 :].partition(".")[0])
+
+    def relative(self, name: str) -> str:
+        layer = self.layer_of(name)
+        return name if layer is None else name[len(f"{self.stack}.{layer}.") :]
+
+    def ancestors(self, name: str) -> list[str]:
+        """Modules that hold a parameter inside its decoder layer, innermost first, the layer itself left out."""
+        if self.layer_of(name) is None:
+            return []
+        layer = f"{self.stack}.{self.layer_of(name)}"
+        found = []
+        owner = name.rpartition(".")[0]
+        while owner.startswith(layer + "."):
+            found.append(owner)
+            owner = owner.rpartition(".")[0]
+        return found
+
+    def in_attention(self, name: str) -> bool:
+        return any(self.is_attention(self.modules[owner]) for owner in self.ancestors(name))
+
+    @staticmethod
+    def is_attention(module: nn.Module) -> bool:
+        """transformers' softmax attention modules carry their logit factor as the float `scaling`."""
+        return isinstance(getattr(module, "scaling", None), float)
+
+    def in_mlp(self, name: str) -> bool:
+        """Whether a matrix sits in a plain MLP: a module of two or three matrices and their biases, no convolution."""
+        for owner in self.ancestors(name):
+            inside = [n for n in self.trace.shapes if n.startswith(owner + ".")]
+            matrices = [n for n in inside if self.bias_of(n) is None]
+            if len(matrices) == 1:
+                continue
+            plain = all(n in self.trace.fan_in and n.rpartition(".")[0] not in self.experts for n in matrices)
+            convolution = any(isinstance(m, nn.Conv1d) for m in self.modules[owner].modules())
+            return plain and not convolution and len(matrices) <= 3
+        return False
+
+    def beside_experts(self, name: str) -> bool:
+        layer = f"{self.stack}.{self.layer_of(name)}."
+        return any(block.startswith(layer) or block + "." == layer for block in self.blocks)
+
+    # -- the rest ----------------------------------------------------------------------------------------------
+    def info(self, name: str, role: str) -> Info:
+        trace, layer = self.trace, self.layer_of(name)
+        weight = self.bias_of(name)
+        sites = set()
+        if name in self.closers:
+            sites.add("residual_branch")
+        if name in trace.logits_from if self.tied or self.head is None else name == self.head:
+            sites.add("logits")
+        if name in self.queries:
+            sites.add("attention_logits")
+        if (weight or name).rpartition(".")[0] in self.unnormalized and (weight or name).endswith("down_proj"):
+            sites.add("unnormalized_gates")
+        attention = self.queries.get(name)
+        scaling = next(
+            (float(m.scaling) for o in self.ancestors(name) if self.is_attention(m := self.modules[o])),  # type: ignore[arg-type]
+            None,
+        )
+        owner = self.modules[name.rpartition(".")[0]]
+        return Info(
+            role=role,
+            shape=trace.shapes[name],
+            law=trace.laws[name],
+            fan_in=self.fan(name, role, "fan_in"),
+            fan_out=self.fan(name, role, "fan_out"),
+            of=self.role(weight) if weight is not None else None,
+            offset=name in trace.offset_gains,
+            layer=layer,
+            relative=self.relative(name),
+            sites=frozenset(sites),
+            head_dim=attention.head_dim if attention else None,
+            scaling=scaling,
+            padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
+            undo=self.undo(name, role, sites),
+        )
+
+    def undo(self, name: str, role: str, sites: set[str]) -> Mapping[str, float]:
+        """The family's own factor on this parameter. One on the input embedding is taken back there; where that is
+        also the output head, the final norm makes up for it."""
+        own = self.adapter.own_factors
+        if role == "embedding":
+            return own.get(role, {}) if name == self.input_embedding else {}
+        if "logits" in sites and self.tied:
+            return {dimension: -exponent for dimension, exponent in own.get("embedding", {}).items()}
+        return own.get(role, {})
+
+    def fan(self, name: str, role: str, which: str) -> int | None:
+        if role in ("embedding", "bias"):
+            return None
+        seen = getattr(self.trace, which).get(name)
+        shape = self.trace.shapes[name]
+        if seen is not None or name in self.trace.used or len(shape) < 2:
+            return seen
+        # never run: (…, out, in), or (experts, in, out) where experts are transposed
+        transposed = getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False)
+        return shape[-2] if transposed == (which == "fan_in") else shape[-1]
+
+    def kinds(self, parameters: dict[str, Info], config: PretrainedConfig) -> tuple[Any, ...]:
+        types = getattr(config.get_text_config(), "layer_types", None)
+        types = types if isinstance(types, list) and len(types) == self.depth else [None] * self.depth
+        members: list[list[tuple[str, str]]] = [[] for _ in range(self.depth)]
+        for info in parameters.values():
+            if info.layer is not None:
+                members[info.layer].append((info.relative, info.role))
+        return tuple((kind, tuple(sorted(member))) for kind, member in zip(types, members, strict=True))
+
+    def gaps(self) -> dict[str, str]:
+        """Sites whose forward multiplier cannot be folded; an error only if the ratio of that axis is not 1."""
+        gaps = {}
+        if not self.trace.plain_residual and self.adapter.residual is None:
+            gaps["residual_branch"] = "the residual connection is not a plain identity"
+        broken = [b for b in self.trace.branches if not b.homogeneous]
+        if broken:
+            layers = sorted({b.layer for b in broken})
+            gaps["residual_branch"] = f"no weight scales the output of a branch in layers {layers}"
+        silent = set(range(self.depth)) - {b.layer for b in self.trace.branches}
+        if silent:
+            gaps["residual_branch"] = f"no addition to the residual stream was seen in layers {sorted(silent)}"
+        uses = Counter(name for branch in self.trace.branches for name in branch.closers)
+        shared = sorted(name for name, count in uses.items() if count > 1)
+        if shared:
+            gaps["residual_branch"] = f"these weights close several branches: {shared}"
+        if self.tied and not self.trace.logits_from:
+            gaps["logits"] = "tied embeddings, and no final norm in front of them whose gain could take the factor"
+        seen = {attention.layer for attention in self.trace.attentions}
+        missed = sorted(
+            {
+                layer
+                for name, module in self.modules.items()
+                if self.is_attention(module) and (layer := self.layer_of(name + ".")) is not None and layer not in seen
+            }
+        )
+        if missed:
+            gaps["attention_logits"] = f"no queries were seen in the attention of layers {missed}"
+        if "head_dim" in self.adapter.refuse:
+            gaps["attention_logits"] = self.adapter.refuse["head_dim"]
+        mute = sorted({a.layer for a in self.trace.attentions if not a.query})
+        if mute:
+            gaps["attention_logits"] = f"no weight scales the queries of layers {mute}"
+        return gaps

@@ -1,0 +1,316 @@
+"""What a training run can be told: model, text, horizon, optimizer. A YAML file first, the command line over it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+from argparse import ArgumentParser
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+
+import moe_param
+from moe_param.errors import InputError
+from moe_param.scaling.spec import DEFAULT_SPEC
+from moe_param.structure.shape import SIZES
+from moe_param.training.data.text import DataArguments
+from moe_param.tuned import build_config, check_tuned_at, read_yaml
+
+SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # short names; warm-up is never dropped
+ALTERNATIVES = (
+    ("tokens", "max_steps"),
+    ("warmup_tokens", "warmup_steps"),
+    ("batch_tokens", "gradient_accumulation_steps"),
+    ("shape", "target_shape"),
+    ("model", "model_type"),
+)
+STEPS, WARMUP = 1000, 0.1  # where neither steps nor tokens are given
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and from which base its hyperparameters come."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Config: a folder, a config.json or a Hub id (instead of model_type)."}
+    )
+    model_type: str | None = field(default=None, metadata={"help": "A transformers model type, e.g. mixtral."})
+    overrides: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Config attributes to set; JSON on the command line."}
+    )
+    base_shape: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Shape the hyperparameters were found at, as changes to the config: JSON or width=64,depth=2 with "
+            "any of width, depth, num_experts, top_k, expert_size. Default: the config itself."
+        },
+    )
+    shape: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Shape to train, likewise. Default: the config itself."}
+    )
+    target_shape: dict[str, Any] | str | None = field(default=None, metadata={"help": "Another name of shape."})
+    tuned_at: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The base's sizes where the hyperparameters were found, as moe_param.tuning.sweep writes them."
+        },
+    )
+    spec: str = field(default=DEFAULT_SPEC, metadata={"help": "Parameterization: a preset or a YAML file."})
+    init_std: float | None = field(default=None, metadata={"help": "Base initialization std. Default: the config's."})
+    constants: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Per-role constants, {role: {"init": c, "lr": c}}; JSON.'}
+    )
+    experts_implementation: str | None = field(
+        default=None,
+        metadata={"help": "transformers' experts backend: eager, grouped_mm, megablocks. Default: moe_param's choice."},
+    )
+    allow_sparsity_change: bool = field(
+        default=False, metadata={"help": "Warn, do not refuse, where top_k / num_experts is not the base's."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("overrides", "base_shape", "shape", "target_shape", "tuned_at", "constants"):
+            setattr(self, name, mapping(name, getattr(self, name)))
+        if self.shape and self.target_shape:
+            raise InputError("shape and target_shape are two names of one thing: give one of them")
+        self.shape = self.shape or self.target_shape
+        if (self.model is None) == (self.model_type is None):
+            raise InputError("set one of model (a config's folder or Hub id) and model_type (e.g. mixtral)")
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """TrainingArguments with the paper's optimizer settings as defaults, and a horizon in tokens."""
+
+    output_dir: str | None = field(default="out", metadata={"help": "Where everything is written."})
+    tokens: float | None = field(default=None, metadata={"help": "Tokens to train on (instead of max_steps)."})
+    batch_tokens: float | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of an optimizer step, over all processes: gives gradient_accumulation_steps, with "
+            "per_device_train_batch_size as the most that a device takes at a time."
+        },
+    )
+    warmup_tokens: float | None = field(
+        default=None, metadata={"help": "Tokens of linear warm-up (instead of warmup_steps)."}
+    )
+    decay_tokens: float | None = field(
+        default=None, metadata={"help": "Tokens of the decay of schedule 'wsd'. Default: a fifth of the run."}
+    )
+    max_steps: int = field(default=-1, metadata={"help": f"Optimizer steps. Default: {STEPS}."})
+    learning_rate: float = field(
+        default=2**-8, metadata={"help": "The base model's peak rate; every group's rate follows from it."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup",
+        metadata={"help": "constant, cosine (to zero), wsd (warm-up, stable, linear decay to zero) or transformers'."},
+    )
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": f"Steps of linear warm-up, or a share below 1. Default: {WARMUP}."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    adam_epsilon: float = field(
+        default=1e-12, metadata={"help": "Epsilon of AdamW at the base shape; it is scaled per group."}
+    )
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={
+            "help": "Clip the global gradient norm; 0 is off, as in the paper. The norm changes with the shape, "
+            "so a threshold (Trainer's own default is 1.0) does not transfer from one shape to the next."
+        },
+    )
+    clip: float | None = field(
+        default=None,
+        metadata={"help": "Clip a gradient norm that means the same at every shape (moe_param.ScaleFreeClipping)."},
+    )
+    decay: str = field(
+        default="independent",
+        metadata={
+            "help": "What of weight_decay stays constant: independent (lr·λ), ema (lr·λ·steps, needs base_steps), none."
+        },
+    )
+    base_steps: int | None = field(default=None, metadata={"help": "Steps of the base's run, for decay 'ema'."})
+    batch_ratio: float = field(
+        default=1.0, metadata={"help": "Tokens per step over the base's: scales lr, eps, betas, decay. 1 is off."}
+    )
+    tokens_ratio: float = field(
+        default=1.0, metadata={"help": "Tokens of the run over the base's, likewise. 1 is off."}
+    )
+    expert_parallel: int = field(
+        default=1,
+        metadata={
+            "help": "Processes that share the experts of a layer, by transformers' own plan for the family; everything "
+            "is sharded with FSDP2 besides. Launch as for DDP."
+        },
+    )
+    balance_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Step of the selection biases that balance the experts (docs/balancing.md); 0 only counts. "
+            "Default: 0.01, and 0.1 for injected biases of softmax routers."
+        },
+    )
+    balance_rule: str = field(default="proportional", metadata={"help": "proportional (2601.20205) or sign."})
+    inject_bias: bool = field(
+        default=False,
+        metadata={"help": "Balance families whose routers have no selection bias: the checkpoint then needs ours."},
+    )
+    nan: str = field(
+        default="stop",
+        metadata={"help": "A step with non-finite gradients: 'stop' names the layer, 'skip' counts it and goes on."},
+    )
+    peak_tflops: float | None = field(
+        default=None, metadata={"help": "Peak TFLOP/s of one device, for MFU. Default: by its name, where known."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between logged training losses."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide NaN and infinite losses in the log."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HfArgumentParser looks at the order)
+        default="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        metadata={"help": "Integrations beside metrics.jsonl. Default: tensorboard, where it is installed."},
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to validate."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between validations."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Pin the loader's memory."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last good checkpoint in output_dir."})
+
+    def __post_init__(self) -> None:
+        for tokens, steps, unset in (("tokens", "max_steps", -1), ("warmup_tokens", "warmup_steps", None)):
+            if getattr(self, tokens) is not None and getattr(self, steps) != unset:
+                raise InputError(f"{tokens} and {steps} are both set: give one of them")
+        if self.batch_tokens is not None and self.gradient_accumulation_steps != 1:
+            raise InputError("batch_tokens and gradient_accumulation_steps are both set: the one gives the other")
+        for name in ("tokens", "batch_tokens", "warmup_tokens", "decay_tokens", "peak_tflops"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < float("inf") or (value == 0 and name == "warmup_tokens")):
+                raise InputError(f"{name} is {value}: expected a positive number")
+        for name, choices in (("nan", ("stop", "skip")), ("balance_rule", ("proportional", "sign"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(choices)}")
+        self.lr_scheduler_type = SCHEDULES.get(self.lr_scheduler_type, self.lr_scheduler_type)
+        if self.warmup_steps is None:
+            self.warmup_steps = WARMUP
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise InputError(" ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Blocks (of seq_len tokens): `batch` in an optimizer step over all processes, `micro` in one forward pass."""
+
+    batch: int
+    micro: int
+    steps: int
+    seq_len: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.seq_len
+
+
+def set_horizon(args: PretrainArguments, seq_len: int, processes: int | None = None) -> Horizon:
+    """Turns tokens into steps, in `args` too; `processes` that see different data."""
+    processes = processes or args.world_size
+    if args.batch_tokens is not None:
+        blocks = args.batch_tokens / seq_len
+        if blocks < 1 or blocks != int(blocks) or int(blocks) % processes:
+            unit = seq_len * processes
+            near = max(1, round(args.batch_tokens / unit)) * unit
+            raise InputError(
+                f"batch_tokens is {args.batch_tokens:g}: not a multiple of seq_len {seq_len} × {processes} processes; "
+                f"{near} would be"
+            )
+        share = int(blocks) // processes
+        micro = max(m for m in range(1, min(args.per_device_train_batch_size, share) + 1) if share % m == 0)
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, share // micro
+    micro = args.per_device_train_batch_size
+    batch = micro * args.gradient_accumulation_steps * processes
+    per_step = batch * seq_len
+    if args.tokens is not None:
+        args.max_steps = max(1, round(args.tokens / per_step))
+    elif args.max_steps <= 0:
+        args.max_steps = STEPS
+    if args.warmup_tokens is not None:  # a whole number: Trainer reads what is below 1 as a share
+        args.warmup_steps = round(args.warmup_tokens / per_step)
+        if args.warmup_steps > args.max_steps:
+            raise InputError(f"warmup_tokens {args.warmup_tokens:g} is more than the whole run's tokens")
+    if getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type) == "warmup_stable_decay":
+        decay = args.max_steps / 5 if args.decay_tokens is None else args.decay_tokens / per_step
+        warmup = args.get_warmup_steps(args.max_steps)
+        if warmup + round(decay) > args.max_steps:
+            raise InputError(f"wsd: {warmup} steps of warm-up and {round(decay)} of decay in a run of {args.max_steps}")
+        given = args.lr_scheduler_kwargs or {}
+        args.lr_scheduler_kwargs = {"num_decay_steps": round(decay), "decay_type": "linear", **given}
+    elif args.decay_tokens is not None:
+        raise InputError("decay_tokens is for lr_scheduler_type wsd")
+    return Horizon(batch, micro, args.max_steps, seq_len)
+
+
+def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """What was given for `name` in YAML, as JSON, or as NAME=VALUE,…"""
+    if isinstance(value, str) and "=" in value and not value.lstrip().startswith("{"):
+        value = dict(part.split("=", 1) for part in value.replace(" ", "").split(",") if "=" in part)
+        value = {key: int(text) if text.lstrip("-").isdigit() else text for key, text in value.items()}
+    elif isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"--{name} {value!r} is not JSON, nor name=value,… ({error})") from error
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{name} is {value!r}: expected a mapping")
+    return value or {}
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArguments]:
+    """YAML file first, command line over it."""
+    first = ArgumentParser(add_help=False)
+    first.add_argument("--config", help="YAML file with any of the arguments below.")
+    known, rest = first.parse_known_args(argv)
+    types = (ModelArguments, DataArguments, PretrainArguments)
+    parser = HfArgumentParser(types, prog="python -m moe_param.training.pretrain", parents=[first], allow_abbrev=False)
+    names = [f.name for cls in types for f in fields(cls) if f.init]
+    if known.config:
+        values = read_yaml(known.config)
+        for key in values:
+            if key not in names:
+                raise InputError(f"{known.config}: unknown key {key!r}{_nearest(key, names)}")
+        for one, other in ALTERNATIVES:  # the command line's choice of a unit takes the place of the file's
+            for given, replaced in ((one, other), (other, one)):
+                if any(text.split("=")[0] == f"--{given}" for text in rest):
+                    values.pop(replaced, None)
+        parser.set_defaults(**values)
+    model_args, data_args, args, _, unknown = parser.parse_args_into_dataclasses(
+        rest, look_for_args_file=False, return_remaining_strings=True
+    )
+    if unknown:
+        raise InputError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), names)}")
+    return model_args, data_args, args
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {near[0]!r}?" if near else ": see python -m moe_param.training.pretrain --help"
+
+
+def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """(base, target), both the given config at another shape."""
+    config = build_config(args.model, args.model_type, args.overrides)  # type: ignore[arg-type]
+    base, target = _scaled(config, "base_shape", args.base_shape), _scaled(config, "shape", args.shape)
+    if args.tuned_at:
+        check_tuned_at(base, args.tuned_at)
+    return base, target
+
+
+def _scaled(config: PretrainedConfig, name: str, shape: dict[str, Any]) -> PretrainedConfig:
+    unknown = [key for key in shape if key not in SIZES]
+    if unknown:
+        raise InputError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")
+    return moe_param.scale_config(config, **shape)

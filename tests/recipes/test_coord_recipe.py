@@ -1,0 +1,96 @@
+"""recipes/evidence/coord_check and `moe-param coord-check` at their smallest setting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+from typer.testing import CliRunner
+
+from moe_param.cli.main import app
+from tests.models import tiny_config
+
+SMALLEST = ["--factors", "1", "2", "--steps", "1", "--seeds", "1", "--processes", "1"]
+RUN = [sys.executable, "-m", "recipes.evidence.coord_check.run"]
+
+
+def test_families_recipe_runs_and_resumes(tmp_path: Path) -> None:
+    def run(*families: str) -> list[str]:
+        command = [*RUN, "--out", str(tmp_path), "--families", *families, *SMALLEST]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        return (tmp_path / "finished.jsonl").read_text().splitlines()
+
+    first = run("mixtral")  # as if it had been stopped after the first
+    both = run("mixtral", "phimoe")
+    assert both[:1] == first and len(both) == 2  # seconds included: it was not run again
+    table = (tmp_path / "families.md").read_text()
+    assert "| mixtral |" in table and "sparsemixer" in table
+    rows = json.loads((tmp_path / "families.json").read_text())["rows"]
+    assert [row["family"] for row in rows] == ["mixtral", "phimoe"]
+    assert set(rows[0]["checks"]["width/moe-completep"]["slopes"]) >= {"residual", "router_logits", "logits"}
+
+
+def test_families_recipe_names_unknown_families(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*RUN, "--out", str(tmp_path), "--families", "mixtrall"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and "mixtrall" in done.stderr
+
+
+def test_pictures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipes.evidence.coord_check.pictures", "--smallest", "--out", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert (tmp_path / "coord_good.png").stat().st_size > 1000
+    assert (tmp_path / "coord_bad.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tiny_config("mixtral", **small, head_dim=16, intermediate_size=16).save_pretrained(tmp_path / "config")
+    return tmp_path / "config"
+
+
+def check(config: Path, out: Path, *options: str) -> tuple[int, str]:
+    base = ["--base", "width=32", "--factors", "1,2", "--steps", "2", "--seeds", "1"]
+    result = CliRunner().invoke(app, ["coord-check", str(config), "--out", str(out), *base, *options])
+    return result.exit_code, result.output
+
+
+def test_command_writes_and_exits_by_the_verdict(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    enough = ["--axis", "width", "--factors", "1,2,4", "--steps", "5", "--seeds", "2"]
+    code, text = check(config, out, *enough)
+    assert code == 0 and "passed" in text
+    assert json.loads((out / "width.json").read_text())["passed"]
+    assert (out / "width.png").exists()
+    code, text = check(config, out, *enough, "--spec", "standard", "--lr", "0.02")
+    assert code == 1 and "FAILED" in text
+
+
+def test_command_takes_the_users_tokens(config: Path, tmp_path: Path) -> None:
+    numpy.save(tmp_path / "ids.npy", numpy.arange(64).reshape(2, 32) % 128)
+    code, _ = check(config, tmp_path / "out", "--axis", "num_experts", "--tokens", str(tmp_path / "ids.npy"))
+    assert code in (0, 1)
+    numpy.save(tmp_path / "flat.npy", numpy.arange(64))
+    code, text = check(config, tmp_path / "out", "--axis", "width", "--tokens", str(tmp_path / "flat.npy"))
+    assert code == 2 and "(batch, length)" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--axis", "heads"], "unknown axis 'heads'"),
+        (["--axis", "width", "--factors", "1,x"], "--factors"),
+        (["--axis", "width", "--factors", "1,1.25"], "width × 1.25"),
+        (["--axis", "width", "--base", "widht=32"], "did you mean 'width'"),
+    ],
+)
+def test_command_bad_input(config: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    code, text = check(config, tmp_path / "out", *options)
+    assert code == 2 and message in text
+    assert "Traceback" not in text

@@ -1,0 +1,271 @@
+"""Tables load strictly, and what they say comes out of `plan` as the papers' numbers, worked out by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import moe_param
+from moe_param import ScalingSpec, SpecError
+from moe_param.scaling.spec import ROLES, presets
+from tests.models import classes, tiny_config
+
+PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard"}
+
+
+def table(**changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(ScalingSpec.load("moe-completep").to_dict()) | changes
+
+
+def broken(role: str, **changes: Any) -> dict[str, Any]:
+    values = table()
+    values["roles"][role].update(changes)
+    return values
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+def test_the_presets_are_there() -> None:
+    assert set(presets()) == PRESETS
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_row_of_a_preset_has_a_source_and_the_table_survives_yaml(name: str, tmp_path: Path) -> None:
+    spec = ScalingSpec.load(name)
+    assert spec.name == name
+    assert set(spec.roles) == set(ROLES)
+    assert "arXiv:" in spec.source or name == "standard"
+    for role, row in spec.roles.items():
+        assert "arXiv:" in row.source or name == "standard", role
+        assert len(row.source) > 10, role
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(spec.to_dict()))
+    for way in (path, str(path), spec.to_dict(), spec):
+        assert ScalingSpec.load(way) == spec
+    other = spec.to_dict()
+    other["roles"]["router"]["lr"] = {"width": -0.25}
+    assert ScalingSpec.load(other) != spec
+
+
+@pytest.mark.parametrize(
+    "values, complaint",
+    [
+        (table(rolse={}), r"unknown key 'rolse'.*'roles'"),
+        (table(multipliers={"residual_brnch": {"depth": -1}}), r"unknown site 'residual_brnch'.*'residual_branch'"),
+        (table(multipliers={"logits": {"widht": -1}}), r"multipliers\.logits: unknown dimension 'widht'.*'width'"),
+        (table(fixed=["dept"]), r"unknown dimension 'dept'.*'depth'"),
+        (table(init="bass"), r"init must be 'base' or 'model'"),
+        (table(roles={**table()["roles"], "expert_dwn": {}}), r"unknown role 'expert_dwn'.*'expert_down'"),
+        (broken("router", lrr={}), r"router: unknown key 'lrr'.*'lr'"),
+        (broken("router", lr={"widht": -1}), r"router\.lr: unknown dimension 'widht'.*'width'"),
+        (broken("expert_up", eps={"topk": -1}), r"expert_up\.eps: unknown dimension 'topk'.*'top_k'"),
+        (broken("router", lr={"width": float("nan")}), r"router\.lr\.width must be a finite number"),
+        (broken("router", init_std={"width": float("inf")}), r"router\.init_std\.width must be a finite number"),
+        (broken("router", lr={"width": "-1"}), r"router\.lr\.width must be a finite number"),
+        (broken("router", lr={"width": True}), r"router\.lr\.width must be a finite number"),
+        (broken("router", lr=-1), r"router\.lr must map dimensions to exponents"),
+        (broken("router", decay=1), r"router\.decay must be true or false"),
+    ],
+)
+def test_what_a_table_cannot_say(values: dict[str, Any], complaint: str) -> None:
+    ScalingSpec.load(table())
+    with pytest.raises(SpecError, match=complaint):
+        ScalingSpec.load(values)
+
+
+def test_rows_and_keys_that_are_missing() -> None:
+    values = table()
+    del values["roles"]["expert_down"], values["roles"]["bias"]
+    with pytest.raises(SpecError, match=r"no row for expert_down, bias"):
+        ScalingSpec.load(values)
+    values = table()
+    del values["roles"]["router"]["source"]
+    with pytest.raises(SpecError, match=r"router.*source"):
+        ScalingSpec.load(values)
+    for key in ("name", "source", "roles"):
+        values = table()
+        del values[key]
+        with pytest.raises(SpecError, match=rf"'{key}' is missing"):
+            ScalingSpec.load(values)
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"did you mean 'moe-completep'"):
+        ScalingSpec.load("moe-complete")
+    with pytest.raises(SpecError, match="give a preset or a YAML file"):
+        ScalingSpec.load(tmp_path / "absent.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("roles: {router: [1, 2")
+    with pytest.raises(SpecError, match="is not YAML"):
+        ScalingSpec.load(bad)
+    bad.write_text("- a list\n")
+    with pytest.raises(SpecError, match="must hold a mapping"):
+        ScalingSpec.load(bad)
+    bad.write_text("name: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(SpecError, match="is not YAML"):
+        ScalingSpec.load(bad)
+
+
+# -- the numbers -----------------------------------------------------------------------------------------------------
+# base: width 32, 2 layers, 4 experts of 16, top 1, heads of 8. target: width ×4, depth ×2, experts (and top_k) ×3,
+# expert size ×5, head_dim ×16/8. One prime per axis, so that no two products agree by chance.
+BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
+TARGET = {**BASE, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
+TARGET["head_dim"] = 16
+MIXTRAL = (
+    {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 16},
+    {**TARGET, "num_local_experts": 12, "num_experts_per_tok": 3, "intermediate_size": 80},
+)
+DOTS1 = (  # sigmoid gates that are not normalized, a shared expert, a leading dense layer; no query bias
+    {**BASE, "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "intermediate_size": 48},
+    {**TARGET, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 80, "intermediate_size": 96},
+)
+
+
+def plan(family: str, sizes: tuple[dict[str, Any], dict[str, Any]], spec: str, **changes: Any) -> Any:
+    base, target = (tiny_config(family, **{**s, "layer_types": None, **changes}) for s in sizes)
+    return moe_param.plan(classes(family)[0], target, base, spec=spec)
+
+
+def check(parameterization: Any, expected: dict[str, tuple[float, float, float, float]]) -> None:
+    """name -> (init std or constant, lr, eps, forward multiplier folded in)."""
+    for name, (init, lr, eps, multiplier) in expected.items():
+        rule = parameterization.rules[name]
+        found = (rule.constant if rule.init_std is None else rule.init_std, rule.lr, rule.eps, rule.multiplier)
+        assert found == pytest.approx((init, lr, eps, multiplier), rel=1e-9), name
+
+
+S = 0.02  # Mixtral's initializer_range
+L0 = "model.layers.3."
+
+
+def test_moe_completep_on_mixtral() -> None:
+    root_half = 0.7071067811865476  # (d_base / d)^(1/2)
+    p = plan("mixtral", MIXTRAL, "moe-completep")
+    check(
+        p,
+        {
+            "model.embed_tokens.weight": (S, 1, 1 / 4, 1),
+            # queries of normed-free attention take the attention factor; fan-in ×4
+            L0 + "self_attn.q_proj.weight": (S / 2 * root_half, 1 / 4 * root_half, 1 / 8 / root_half, root_half),
+            L0 + "self_attn.k_proj.weight": (S / 2, 1 / 4, 1 / 8, 1),
+            L0 + "self_attn.v_proj.weight": (S / 2, 1 / 4, 1 / 8, 1),
+            # 8 heads of 16 where 4 of 8 were: fan-in ×4; branch 1/2
+            L0 + "self_attn.o_proj.weight": (S / 4, 1 / 8, 1 / 4, 1 / 2),
+            L0 + "mlp.gate.weight": (S / 4, 1 / 4, 1 / 6, 1),
+            L0 + "mlp.experts.gate_up_proj": (S / 2, 1 / 4, 1 / 30, 1),
+            # n^(1/2)/H = 2/5, LR 1/H = 1/5, eps 1/(4·2·3); branch 1/2; gates are normalized: no 1/K
+            L0 + "mlp.experts.down_proj": (S / 5, 1 / 10, 1 / 12, 1 / 2),
+            L0 + "input_layernorm.weight": (1, 1, 1 / 8, 1),
+            L0 + "post_attention_layernorm.weight": (1, 1, 1 / 8, 1),
+            "model.norm.weight": (1, 1, 1 / 4, 1),
+            "lm_head.weight": (S / 4, 1 / 4, 1, 1 / 4),
+        },
+    )
+    decayed = {n: r.weight_decay * r.lr for n, r in p.rules.items() if "norm" not in n}
+    assert decayed == pytest.approx(dict.fromkeys(decayed, 1.0))
+    assert {r.weight_decay for n, r in p.rules.items() if "norm" in n} == {0.0}
+
+
+def test_moe_completep_with_tied_embeddings() -> None:
+    p = plan("mixtral", MIXTRAL, "moe-completep", tie_word_embeddings=True)
+    assert "lm_head.weight" not in p.rules
+    check(
+        p,
+        {
+            "model.embed_tokens.weight": (S, 1, 1 / 4, 1),
+            "model.norm.weight": (1 / 4, 1 / 4, 1, 1 / 4),
+        },
+    )
+
+
+def test_moe_completep_on_dots1_where_gates_are_not_normalized() -> None:
+    p = plan("dots1", DOTS1, "moe-completep")
+    check(
+        p,
+        {
+            # queries pass a norm: its gain takes the attention factor, the projection does not. A gain is shared by
+            # all heads, so that its gradient falls as the size of one head (×2), not as the width (×4)
+            L0 + "self_attn.q_proj.weight": (S / 2, 1 / 4, 1 / 8, 1),
+            L0 + "self_attn.q_norm.weight": (0.5**0.5, 0.5**0.5, 1 / 4 / 0.5**0.5, 0.5**0.5),
+            L0 + "self_attn.k_norm.weight": (1, 1, 1 / 4, 1),
+            L0 + "mlp.experts.down_proj": (S * 2 / 5 / 6, 1 / 5 / 6, 1 / 24 * 6, 1 / 6),
+            L0 + "mlp.experts.gate_up_proj": (S / 2, 1 / 4, 1 / 30, 1),
+            # every token visits the shared expert: no top_k anywhere
+            L0 + "mlp.shared_experts.up_proj.weight": (S / 2, 1 / 4, 1 / 10, 1),
+            L0 + "mlp.shared_experts.down_proj.weight": (S / 5, 1 / 10, 1 / 4, 1 / 2),
+            # the dense MLP only doubles: 48 -> 96
+            "model.layers.0.mlp.up_proj.weight": (S / 2, 1 / 4, 1 / 4, 1),
+            "model.layers.0.mlp.down_proj.weight": (S * 2 / 2 / 2, 1 / 4, 1 / 4, 1 / 2),
+        },
+    )
+    normalized = plan("dots1", DOTS1, "moe-completep", norm_topk_prob=True)
+    check(normalized, {L0 + "mlp.experts.down_proj": (S / 5, 1 / 10, 1 / 12, 1 / 2)})
+
+
+@pytest.mark.parametrize(
+    "spec, expected",
+    [
+        (
+            "completep",
+            {
+                "model.embed_tokens.weight": (S, 1, 1 / 4, 1),
+                L0 + "mlp.gate.weight": (S / 2, 1 / 4, 1 / 8, 1),
+                L0 + "mlp.experts.gate_up_proj": (S / 2, 1 / 4, 1 / 8, 1),
+                L0 + "mlp.experts.down_proj": (S / 5**0.5 / 2, 1 / 10, 1 / 4, 1 / 2),
+                "lm_head.weight": (S / 4, 1 / 4, 1, 1 / 4),
+            },
+        ),
+        (
+            "mup",
+            {
+                L0 + "mlp.gate.weight": (S / 2, 1 / 4, 1, 1),
+                L0 + "mlp.experts.down_proj": (S / 5**0.5, 1 / 5, 1, 1),
+                L0 + "self_attn.o_proj.weight": (S / 2, 1 / 4, 1, 1),
+                "lm_head.weight": (S / 4, 1 / 4, 4, 1 / 4),
+            },
+        ),
+        (
+            "mup-moe",
+            {
+                L0 + "mlp.gate.weight": (S, 1, 1, 1),
+                L0 + "mlp.experts.down_proj": (S / 5**0.5, 1 / 5, 1, 1),
+                "lm_head.weight": (S / 4, 1 / 4, 4, 1 / 4),
+            },
+        ),
+    ],
+)
+def test_the_other_tables_on_mixtral(spec: str, expected: dict[str, tuple[float, float, float, float]]) -> None:
+    check(plan("mixtral", MIXTRAL, spec), expected)
+
+
+def test_standard_is_what_transformers_does() -> None:
+    p = plan("mixtral", MIXTRAL, "standard")
+    assert {(r.lr, r.eps, r.multiplier) for r in p.rules.values()} == {(1.0, 1.0, 1.0)}
+    assert {r.init_std for r in p.rules.values()} == {S, None}
+
+
+def test_kakao_has_no_rule_for_depth() -> None:
+    with pytest.raises(moe_param.ParameterizationError, match="does not scale depth"):
+        plan("mixtral", MIXTRAL, "kakao")
+    same_depth = (MIXTRAL[0], {**MIXTRAL[1], "num_hidden_layers": 2})
+    layer = "model.layers.1."
+    check(
+        plan("mixtral", same_depth, "kakao"),
+        {
+            layer + "mlp.experts.gate_up_proj": (S / 2, 1 / 4, 1, 1),
+            layer + "mlp.experts.down_proj": (S / 5**0.5, 1, 1, 1),
+            "lm_head.weight": (S, 1, 1, 1),
+        },
+    )
+
+
+def test_a_table_of_ones_own(tmp_path: Path) -> None:
+    values = table(name="mine")
+    values["roles"]["router"]["init_std"] = {"width": -0.5}  # γ = 1/2
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(values))
+    check(plan("mixtral", MIXTRAL, str(path)), {L0 + "mlp.gate.weight": (S / 2, 1 / 4, 1 / 6, 1)})

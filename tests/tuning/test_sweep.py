@@ -1,0 +1,221 @@
+"""`moe_param.tuning.sweep` from its command line to best.yaml; one real training, otherwise losses that cost nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from moe_param import TunedError
+from moe_param.errors import InputError
+from moe_param.training.arguments import build_configs, parse
+from moe_param.training.pretrain import USER_ERRORS
+from moe_param.tuning import sweep
+from moe_param.tuning.constants import key_of
+from moe_param.tuning.search import SearchError
+from moe_param.tuning.short_run import train
+from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
+from tests.tuning.surfaces import Bowl
+
+MODEL = {"model_type": "mixtral", "overrides": BYTE_MIXTRAL}
+CONFIG = {
+    **MODEL,
+    "shape": {"width": 64},  # to train later: the sweep is about the base
+    "dataset": "stdlib",
+    "seq_len": 32,
+    "validation_blocks": 8,
+    "learning_rate": 2.0**-7,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.25,
+    "logging_steps": 3,
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    return written(tmp_path / "config.yaml")
+
+
+def written(path: Path, **changes: Any) -> str:
+    path.write_text(yaml.safe_dump({**CONFIG, **changes}))
+    return str(path)
+
+
+def run(config: str, output: Path, *flags: str, evaluate: Any = None) -> dict[str, Any]:
+    argv = ["--config", config, "--output_dir", str(output), "--heartbeat", "0.2", "--grace", "30", *flags]
+    return sweep.main(argv, evaluate)
+
+
+def best(output: Path) -> dict[str, Any]:
+    return yaml.safe_load((output / "best.yaml").read_text())
+
+
+def test_real_training(config: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    ladders = '{"router": {"init": [4]}}'
+    flags = ["--log2_lrs", "-7", "-4", "--init_stds", "0.05", "--ladders", ladders, "--seeds", "0", "--workers", "1"]
+    record = run(config, output, *flags)
+    assert record["statuses"] == {"complete": 2}
+
+    # the same numbers as here, in this process, from what is documented
+    args, name, *rest = sweep.parse_all(["--config", config, "--log2_lrs", "-7"])
+    base = sweep.read_base(args, *rest, name)
+    for trial in record["trials"]:
+        point = trial["point"]
+        assert point == {"init_std": 0.05, "learning_rate": point["learning_rate"], "router.init": 4.0}
+        there = replace(base.run, lr=point["learning_rate"], init_std=0.05, constants={"router": {"init": 4.0}}, seed=0)
+        assert trial["losses"]["0"] == pytest.approx(train(there).validation_loss, rel=1e-6)
+    assert record["trials"][0]["loss"] != record["trials"][1]["loss"]
+    assert train(replace(base.run, lr=point["learning_rate"])).validation_loss != trial["loss"]  # the constants matter
+
+    # best.yaml is a config of pretrain as it is, and of this base only
+    model, data, training = parse(["--config", str(output / "best.yaml")])
+    built, target = build_configs(model)
+    assert built.to_dict() == base.config.to_dict() and target.hidden_size == 16
+    assert model.constants == {"router": {"init": 4.0}} and model.init_std == 0.05
+    assert training.learning_rate == min(record["trials"], key=lambda t: t["loss"])["point"]["learning_rate"]
+    assert (training.max_steps, training.per_device_train_batch_size, data.seq_len) == (6, 4, 32)
+    assert (training.logging_steps, training.lr_scheduler_type, training.warmup_steps) == (3, "cosine", 0.25)
+    assert best(output)["tuned_at"] == {"width": 16, "depth": 1, "num_experts": 4, "top_k": 2, "expert_size": 16}
+    with pytest.raises(TunedError, match="tuned_at"):
+        build_configs(parse(["--config", str(output / "best.yaml"), "--base_shape", "width=32"])[0])
+
+
+def test_grid(config: str, tmp_path: Path) -> None:
+    """The optimum, the stable region, what diverged, resuming with a longer ladder, a study of other settings."""
+    output = tmp_path / "out"
+    bowl = Bowl({"learning_rate": 2.0**-6, "init_std": 0.04}, diverges_above=2.0**-4.2, log=tmp_path / "log")
+    flags = ["--init_stds", "0.02", "0.04", "--seeds", "0", "1", "--workers", "2", "--log2_lrs"]
+    record = run(config, output, *flags, "-8", "-7", "-6", evaluate=bowl)
+    assert record["best"]["at_edge"] == ("learning_rate", "init_std")
+    record = run(config, output, *flags, *(f"{x / 2:g}" for x in range(-16, -7)), evaluate=bowl)
+    assert record["best"]["at_edge"] == ("init_std",)
+    assert record["statuses"] == {"complete": 16, "diverged": 2}  # the six of before among them
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert 16 * 2 + 2 <= len(lines) <= 16 * 2 + 4  # no run twice; a diverged seed can spare the other
+    numbers = best(output)
+    assert (numbers["learning_rate"], numbers["init_std"]) == (2.0**-6, 0.04) and "constants" not in numbers
+    low, high = (math.log2(rate) for rate in record["best"]["stable"])
+    half_width = math.sqrt(0.01 * record["best"]["loss"] / bowl.curvature)  # where the parabola is 1% above
+    assert -6 - low == pytest.approx(half_width, abs=0.05) and high + 6 == pytest.approx(half_width, abs=0.05)
+    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "sweep.json").read_text())["statuses"] == record["statuses"]
+    with pytest.raises(SearchError, match=r"made with training.steps = 6, this is 7"):
+        run(config, output, *flags, "-7", "--max_steps", "7")
+    with pytest.raises(SearchError, match=r"made with mode = 'grid', this is 'tpe'"):
+        run(config, output, "--mode", "tpe", "--seeds", "0", "1")
+
+
+def test_coordinate(tmp_path: Path) -> None:
+    """From a best.yaml to a better one: a bad constant is put right, a good one kept, a useful one found."""
+    constants = {"router": {"lr": 64.0}, "norm": {"lr": 0.25}}
+    config = written(tmp_path / "config.yaml", constants=constants, init_std=0.03)
+    bowl = Bowl({"norm.lr": 0.25, "expert_down.init": 1 / 16, "init_std": 0.03}, noise=0.005)
+    flags = ["--mode", "coordinate", "--roles", "norm", "router", "expert_down", "--workers", "2"]
+    record = run(config, tmp_path / "out", *flags, evaluate=bowl)
+    numbers = best(tmp_path / "out")
+    assert numbers["constants"] == {"norm": {"lr": 0.25}, "expert_down": {"init": 0.0625}}
+    assert (numbers["learning_rate"], numbers["init_std"]) == (2.0**-7, 0.03)
+    accepted = {(j["coordinate"], j["factor"]) for j in record["best"]["judgements"] if j["accepted"]}
+    assert accepted == {("router.lr", 0.25), ("expert_down.init", 0.25)}
+    assert record["best"]["loss"] < record["best"]["start_loss"] - 0.5
+    assert (tmp_path / "out" / "sweep.png").exists()
+
+    flat = Bowl(noise=0.005, curvature=0.0)  # nothing to gain: nothing changes
+    run(config, tmp_path / "flat", *flags, evaluate=flat)
+    assert best(tmp_path / "flat")["constants"] == constants
+
+
+def test_tpe(config: str, tmp_path: Path) -> None:
+    flags = ["--mode", "tpe", "--trials", "4", "--log2_lrs", "-9", "-5", "--seeds", "0", "--workers", "1"]
+    record = run(config, tmp_path / "out", *flags, evaluate=Bowl())
+    assert record["statuses"] == {"complete": 4}
+    assert 2.0**-9 <= best(tmp_path / "out")["learning_rate"] <= 2.0**-5
+    assert (tmp_path / "out" / "sweep.png").exists()
+
+
+def test_default_coordinates_are_those_that_exist(config: str) -> None:
+    args, name, *rest = sweep.parse_all(["--config", config, "--mode", "coordinate"])
+    coordinates = sweep.strategy_of(args, sweep.read_base(args, *rest, name)).coordinates  # type: ignore[union-attr]
+    assert "router.init" in coordinates and "norm.lr" in coordinates and "expert_down.lr" in coordinates
+    assert "norm.init" not in coordinates and not [c for c in coordinates if c.startswith("shared_up")]
+
+
+def test_everything_diverged(config: str, tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match="every trial diverged"):
+        run(config, tmp_path, "--log2_lrs", "-7", "--seeds", "0", "--workers", "1", evaluate=Bowl(diverges_above=0.0))
+
+
+def test_password_is_not_written_down() -> None:
+    argv = ["--storage", "postgresql://me:secret@host/db"]
+    args, *_ = sweep.parse_all([*argv, "--model_type", "mixtral"])
+    assert "secret" not in sweep.command_of(argv, args) and "me:***@host/db" in sweep.command_of(argv, args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "gird"], "mode is 'gird': expected one of grid, tpe, coordinate"),
+        (["--ladders", '{"rooter": {"lr": [1, 4]}}'], "ladders: no role 'rooter' in this model, which has embedding"),
+        (["--ladders", '{"shared_up": {"lr": [1, 4]}}'], "ladders: no role 'shared_up' in this model"),
+        (["--ladders", '{"router": {"lr": []}}'], r"router.lr is \[\]: an empty ladder"),
+        (["--ladders", '{"router": {"LR": [1]}}'], "router has 'LR', expected 'init' or 'lr'"),
+        (["--ladders", '{"router": {"lr": [0]}}'], "router.lr: 0 is not a positive number"),
+        (["--ladders", '{"norm": {"init": [1, 4]}}'], "the initialization of norm is not random"),
+        (["--constants", '{"rooter": {"lr": 2}}'], "constants: unknown role 'rooter'"),
+        (["--mode", "coordinate", "--roles", "rooter"], "roles: no role 'rooter'"),
+        (["--mode", "coordinate", "--seeds", "0"], "at least two"),
+        (["--mode", "coordinate", "--log2_lrs", "-7"], "log2_lrs is not for mode coordinate"),
+        (["--mode", "tpe", "--log2_lrs", "-7"], "nothing to search"),
+        (["--seeds", "0", "0"], "the same seed twice"),
+        (["--grace", "1"], "grace is 1.0: expected at least 10"),
+        (["--max_grad_norm", "1"], "short runs do not clip"),
+        (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau"),
+        (["--storage", "postgresql://me:secret@127.0.0.1:1/x"], "cannot be used: .*refused"),
+        (["--leanring_rate", "1"], "unknown argument '--leanring_rate', did you mean 'learning_rate'"),
+    ],
+)
+def test_bad_input_is_one_line(config: str, tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises((*USER_ERRORS, SearchError), match=message) as error:
+        sweep.main(["--config", config, "--output_dir", str(tmp_path / "out"), *flags])
+    assert "\n" not in str(error.value) and "secret" not in str(error.value)
+
+
+def test_keys_do_not_depend_on_how_a_point_was_reached() -> None:
+    assert key_of({"b.lr": 0.25 * 4, "learning_rate": 0.1 + 0.2}) == key_of({"learning_rate": 0.3})
+
+
+def test_trials_train_as_the_config_says(tmp_path: Path) -> None:
+    """Another text, another schedule: both reach the short run, and both matter."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} to be or not to be {i * i}"}) + "\n" for i in range(500)))
+    losses = []
+    for changes in ({}, {"lr_scheduler_type": "constant"}, {"train_files": [str(text)], "max_steps": 6}):
+        config = written(tmp_path / "config.yaml", **changes)
+        args, name, *rest = sweep.parse_all(["--config", config])
+        base = sweep.read_base(args, *rest, name)
+        losses.append(train(base.run).validation_loss)
+        assert base.yaml.get("train_files") == changes.get("train_files")
+    assert len(set(losses)) == 3
+    with pytest.raises(InputError, match="streaming: false"):
+        config = written(tmp_path / "config.yaml", train_files=[str(text)], streaming=True)
+        args, name, *rest = sweep.parse_all(["--config", config])
+        train(sweep.read_base(args, *rest, name).run)
+
+
+@pytest.mark.parametrize("family", CORE)
+def test_any_family_can_be_written_down(family: str) -> None:
+    entry = FAMILIES[family]
+    module = importlib.import_module(entry["module"].replace("modeling_", "configuration_"))
+    config = getattr(module, entry["config_class"])(**entry["tiny_config"])
+    again = AutoConfig.for_model(config.model_type, **sweep.overrides_of(config))
+    assert again.to_dict() == config.to_dict()

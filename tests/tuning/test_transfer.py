@@ -1,0 +1,131 @@
+"""`moe_param.tuning.transfer`: the statistics against planted optima, and the whole recipe at its smallest."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moe_param.errors import InputError
+from moe_param.structure.shape import Shape
+from moe_param.tuning import transfer
+from moe_param.tuning.transfer import Run, TransferArguments, interval, summarize, targets, vertex
+from tests.models import BYTE_MIXTRAL
+
+SEEDS = [0, 1, 2]
+
+
+def planted(args: TransferArguments, optimum: dict[str, float], jitter: float = 0.0) -> dict[Run, float]:
+    """Losses 2 + (octave − optimum)²/20; a seed moves every optimum by `jitter` times its number minus one."""
+    return {
+        Run(spec, target, octave, seed): 2 + (octave - optimum[target] - jitter * (seed - 1)) ** 2 / 20
+        for spec in args.specs
+        for target in ("base", *args.axes)
+        for octave in args.octaves
+        for seed in args.seeds
+    }
+
+
+def test_the_vertex_is_where_it_was_planted() -> None:
+    octaves = [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert vertex(octaves, [(x - 0.3) ** 2 for x in octaves]) == pytest.approx(0.3)
+    assert vertex(octaves, [x**2 if x < 2 else math.inf for x in octaves]) == pytest.approx(0.0)
+    assert vertex(octaves, [(x + 5) ** 2 for x in octaves]) == -2.0  # the ladder's end
+    assert vertex(octaves, [1.0, 0.5, 0.4, math.inf, math.inf]) == 0.0  # no parabola across a divergence
+    assert math.isnan(vertex(octaves, [math.inf] * 5))
+
+
+def test_the_interval_is_students() -> None:
+    assert interval([0.0, 0.1, 0.2]) == pytest.approx(0.248416, abs=2e-5)  # 0.1/√3 · t(0.975, 2) = 4.30265
+    assert interval([0.1]) is None
+
+
+def test_drift_and_regret_of_planted_optima() -> None:
+    args = TransferArguments("-", axes=["width=4", "depth=4"], specs=["standard"], seeds=SEEDS)
+    losses = planted(args, {"base": 0.0, "width=4": -2.0, "depth=4": 0.25}, jitter=0.1)
+    width, depth = summarize(args, losses)
+    assert width["drift_octaves"] == pytest.approx(-2.0) and not width["transferred"]
+    assert width["drift_of_seeds"] == pytest.approx([-2.0] * 3)  # paired: what a seed does to both cancels
+    # At the base's octave 0 the target is 2 + 4/20 (+ the jitter's share, the same everywhere), at its best 2.
+    jitter = (0.1**2 * 2 / 3) / 20
+    assert width["regret"] == pytest.approx(0.2 / (2 + jitter))
+    assert depth["drift_octaves"] == pytest.approx(0.25) and depth["regret"] == 0.0 and depth["transferred"]
+
+
+def test_an_optimum_at_the_end_of_the_ladder_does_not_count() -> None:
+    args = TransferArguments("-", axes=["width=4"], specs=["standard"], octaves=[0, 1, 2], seeds=[0])
+    (row,) = summarize(args, planted(args, {"base": 0.0, "width=4": 0.0}))
+    assert row["drift_octaves"] == 0 and row["regret"] == 0
+    assert row["at_edge"] == ["base", "target"] and not row["transferred"]
+
+
+def test_runs_that_all_diverge_are_a_result(tmp_path: Path) -> None:
+    args = TransferArguments("-", axes=["width=4"], specs=["standard"], seeds=[0])
+    losses = {
+        run: math.inf if run.target != "base" else loss
+        for run, loss in planted(args, {"base": 0, "width=4": 0}).items()
+    }
+    (row,) = summarize(args, losses)
+    assert row["regret"] == math.inf and not row["transferred"]
+    transfer.table([row])
+    transfer.plot(args, [row], 0.01, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
+def test_targets_keep_alpha_and_sparsity() -> None:
+    from transformers import MixtralConfig
+
+    base = MixtralConfig(**BYTE_MIXTRAL)
+    found = {
+        name: Shape.from_config(config) for name, config in targets(base, ["width=2,depth=3", "num_experts=2"]).items()
+    }
+    assert found["width=2,depth=3"] == found["base"].along("width", 2).along("depth", 3)
+    assert found["num_experts=2"].sparsity == found["base"].sparsity
+
+
+def test_smallest(tmp_path: Path) -> None:
+    best = tmp_path / "best.yaml"
+    numbers = {
+        "model_type": "mixtral",
+        "overrides": BYTE_MIXTRAL,
+        "learning_rate": 0.01,
+        "seq_len": 32,
+        "init_std": 0.03,
+    }
+    best.write_text(yaml.safe_dump(numbers))
+    output = tmp_path / "transfer"
+    command = ["--config", str(best), "--output_dir", str(output), "--axes", "width=2", "--smallest", "--workers", "1"]
+    record = transfer.main(command)
+    assert json.loads((output / "transfer.json").read_text())["summary"] == record["summary"]
+    assert (output / "transfer.png").stat().st_size > 10_000
+    assert {row["spec"] for row in record["summary"]} == {"moe-completep", "standard"}
+    assert len(record["runs"]) == 9 and record["base_runs_shared"] == ["standard"]
+    base, wide = (record["runs"][f"moe-completep/{target}/0/0"] for target in ("base", "width=2"))
+    assert base != wide != record["runs"]["standard/width=2/0/0"]
+
+    ledger = (output / "runs.jsonl").read_text().splitlines()
+    (output / "runs.jsonl").write_text("\n".join(ledger[1:]) + "\n")  # as if killed before the last run
+    again = transfer.main(command)
+    assert again["runs"] == record["runs"]
+    assert len((output / "runs.jsonl").read_text().splitlines()) == 9
+    best.write_text(yaml.safe_dump(numbers | {"learning_rate": 0.02}))
+    with pytest.raises(InputError, match="other settings"):
+        transfer.main(command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axes": ["heads=2"]}, "heads=2.*expected one of width"),
+        ({"axes": ["width"]}, "not AXIS=FACTOR"),
+        ({"octaves": [1.0, 2.0, 3.0]}, "0 .the config's rate. among them"),
+    ],
+)
+def test_bad_input_is_named(changes: dict[str, list], message: str) -> None:
+    from transformers import MixtralConfig
+
+    with pytest.raises(InputError, match=message):
+        targets(MixtralConfig(**BYTE_MIXTRAL), TransferArguments("-", **changes).axes)
