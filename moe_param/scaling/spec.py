@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from moe_param.errors import MoeParamError
+from moe_param.naming import nearest
 
 DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim", "fan_in", "fan_out", "units")
 """Exponents are of target/base ratios of these. fan_in and fan_out are the parameter's own, read off its matmul; units
@@ -108,7 +108,7 @@ class ScalingSpec:
             )
         path = Path(text)
         if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise SpecError(f"no scaling spec {text!r}{_nearest(text, presets())}: give a preset or a YAML file")
+            raise SpecError(f"no scaling spec {text!r}{nearest(text, presets())}: give a preset or a YAML file")
         try:
             table = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
@@ -204,9 +204,4 @@ def _exponents(value: Any, where: str) -> dict[str, float]:
 def _known(names: Any, valid: tuple[str, ...], kind: str, where: str) -> None:
     for name in names:
         if name not in valid:
-            raise SpecError(f"{where}: unknown {kind} {name!r}{_nearest(str(name), valid)}")
-
-
-def _nearest(name: str, valid: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else f" (valid: {', '.join(valid)})"
+            raise SpecError(f"{where}: unknown {kind} {name!r}{nearest(str(name), valid)}")
