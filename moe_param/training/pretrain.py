@@ -1,7 +1,8 @@
 """Pre-train a Mixture-of-Experts model from scratch, parameterized from a base shape.
 
     python -m moe_param.training.pretrain --config recipes/configs/tiny.yaml --output_dir out --learning_rate 2e-3
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m moe_param.training.pretrain --config … --output_dir out
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m moe_param.training.pretrain --config … \\
+        --output_dir out
 
 A YAML file holds any of the arguments; the command line overrides it. Everything but the model's initialization, the
 optimizer's groups, the order of the data and the form of checkpoints is transformers' own Trainer. See pretrain.md.

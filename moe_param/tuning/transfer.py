@@ -45,7 +45,8 @@ DRIFT, REGRET = 0.5, 0.01
 class TransferArguments:
     config: str = field(
         metadata={
-            "help": "best.yaml of moe_param.tuning.sweep, or any config of moe_param.training.pretrain: model, spec, learning rate."
+            "help": "best.yaml of moe_param.tuning.sweep, or any config of moe_param.training.pretrain: model, "
+            "spec, learning rate."
         }
     )
     output_dir: str = field(default="transfer", metadata={"help": "Where transfer.json and transfer.png go."})

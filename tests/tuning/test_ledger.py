@@ -45,7 +45,10 @@ def test_every_job_runs_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_command_takes_its_workers_along(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from tests.tuning.test_ledger import run; run(pathlib.Path(sys.argv[1]), {'a': 1}, long=True)"
+    code = (
+        "import sys, pathlib; from tests.tuning.test_ledger import run; "
+        "run(pathlib.Path(sys.argv[1]), {'a': 1}, long=True)"
+    )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 120
     while not (started := list(tmp_path.glob("a.*"))):

@@ -1,4 +1,4 @@
-"""`moe_param.tuning.sweep` from its command line to best.yaml; one real training, otherwise losses that cost nothing."""
+"""`moe_param.tuning.sweep` from its command line to best.yaml; one real training, otherwise losses without cost."""
 
 from __future__ import annotations
 
