@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moe_param.structure.roles import RoleError
     from moe_param.structure.shape import Shape, ShapeError, scale_config
     from moe_param.structure.trace import StructureError
-    from moe_param.tuned import Tuned, TunedError, read_tuned
+    from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
 
 __version__ = "0.2.0.dev0"
 
@@ -44,7 +44,7 @@ _NAMES = {
     "structure.roles": ("RoleError",),
     "structure.shape": ("Shape", "ShapeError", "scale_config"),
     "structure.trace": ("StructureError",),
-    "tuned": ("Tuned", "TunedError", "read_tuned"),
+    "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -72,6 +72,7 @@ __all__ = [
     "StructureError",
     "Tuned",
     "TunedError",
+    "TunedNumbers",
     "WeightsError",
     "apply",
     "check_schedule",

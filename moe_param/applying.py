@@ -20,7 +20,7 @@ from moe_param.scaling.rules import ParameterizationError, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.structure.roles import read_structure
 from moe_param.structure.shape import Shape, ShapeError, scale_config
-from moe_param.tuned import read_tuned
+from moe_param.tuned import Tuned, read_tuned
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def plan(
     base_shape: Shape | PretrainedConfig | str | Path,
     target_shape: Shape | None = None,
     *,
-    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec | None = None,
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
@@ -42,9 +42,12 @@ def plan(
     Raises:
         ParameterizationError, ShapeError, SpecError, StructureError, RoleError: as `apply`.
     """
+    numbers = None
     if isinstance(base_shape, str | Path):
-        base_shape, spec, init_std, constants = _tuned(base_shape, spec, init_std, constants)
-    table = ScalingSpec.load(spec)
+        tuned = _tuned(base_shape, spec=spec, init_std=init_std, constants=constants)
+        base_shape, numbers = tuned.base, tuned.numbers
+        spec, init_std, constants = tuned.spec, tuned.init_std, tuned.constants
+    table = ScalingSpec.load(DEFAULT_SPEC if spec is None else spec)
     _check_numbers(init_std, constants)
     if isinstance(base_shape, Shape):
         wanted = {k: v for k, v in asdict(base_shape).items() if k != "head_dim"}
@@ -75,7 +78,7 @@ def plan(
             raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
     _check_sparsity(base.shape, target.shape, allow_sparsity_change)
     rules = derive_rules(table, base, target, init_std, constants or {})
-    return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants)
+    return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants, numbers)
 
 
 def apply(
@@ -83,7 +86,7 @@ def apply(
     base_shape: Shape | PretrainedConfig | str | Path,
     target_shape: Shape | None = None,
     *,
-    spec: str | Path | Mapping[str, Any] | ScalingSpec = DEFAULT_SPEC,
+    spec: str | Path | Mapping[str, Any] | ScalingSpec | None = None,
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
@@ -99,9 +102,11 @@ def apply(
     Args:
         model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
         base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that a sweep
-            wrote (`read_tuned`): base, spec, init_std and constants are then the file's.
+            wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its learning rate, betas,
+            epsilon and decay are in the result's `tuned`.
         target_shape: checked against the model; the model's own shape by default.
-        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping.
+        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping;
+            by default the file's, or `moe-completep`.
         init_std: σ of every randomly initialized parameter of the base; by default transformers' own.
         constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
         seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device
@@ -167,21 +172,20 @@ def _is_parameterized(model: PreTrainedModel) -> bool:
     return getattr(model, "_moe_param", False) or (recorded and bool(model.config.name_or_path))
 
 
-def _tuned(
-    path: str | Path,
-    spec: Any,
-    init_std: float | None,
-    constants: Mapping[str, Mapping[str, float]] | None,
-) -> tuple[PretrainedConfig, str, float | None, Mapping[str, Mapping[str, float]] | None]:
+def _tuned(path: str | Path, **given: Any) -> Tuned:
+    """The file's numbers; what is given beside the file must be the file's."""
     tuned = read_tuned(path)
-    given = {"init_std": init_std, "constants": constants, "spec": None if spec == DEFAULT_SPEC else spec}
     for name, value in given.items():
-        if value is not None and value != getattr(tuned, name):
+        if value is not None and not _same(name, value, getattr(tuned, name)):
             raise ParameterizationError(
                 f"{name} is {value!r} here and {getattr(tuned, name)!r} in {path}: leave it to the file, or give "
                 "base_shape as a Shape"
             )
-    return tuned.base, tuned.spec, tuned.init_std, tuned.constants
+    return tuned
+
+
+def _same(name: str, given: Any, recorded: Any) -> bool:
+    return ScalingSpec.load(given) == ScalingSpec.load(recorded) if name == "spec" else given == recorded
 
 
 def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:

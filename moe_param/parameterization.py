@@ -17,6 +17,7 @@ from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.roles import layer_pattern
 from moe_param.structure.shape import Shape
+from moe_param.tuned import TunedNumbers
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # typing has it from Python 3.11 on
@@ -33,6 +34,8 @@ class Parameterization:
     seed: int | None = None
     init_std: float | None = None
     constants: Mapping[str, Mapping[str, float]] | None = None
+    tuned: TunedNumbers | None = None
+    """What the file of the base says about the optimizer; None where the base was given as a shape or a config."""
 
     # -- training ----------------------------------------------------------------------------------------------
     def param_groups(self, model: torch.nn.Module, **numbers: Unpack[optim.BaseNumbers]) -> list[dict[str, Any]]:
@@ -71,7 +74,7 @@ class Parameterization:
         for entry in entries.values():
             if "layers" in entry:
                 entry["layers"] = spans(entry["layers"])
-        return {
+        record = {
             "format": FORMAT,
             "spec": self.spec.to_dict(),
             "base_shape": asdict(self.base_shape),
@@ -81,6 +84,9 @@ class Parameterization:
             "constants": {role: dict(c) for role, c in (self.constants or {}).items()},
             "rules": list(entries.values()),
         }
+        if self.tuned is not None:
+            record["tuned"] = {name: value for name, value in asdict(self.tuned).items() if value is not None}
+        return record
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Parameterization:
@@ -108,6 +114,7 @@ class Parameterization:
             seed=data["seed"],
             init_std=data["init_std"],
             constants=data["constants"] or None,
+            tuned=TunedNumbers.read(data["tuned"]) if "tuned" in data else None,
         )
 
     @classmethod

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_param.errors import MoeParamError
+from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.shape import SIZES, Shape, scale_config
 
@@ -20,42 +23,118 @@ class TunedError(MoeParamError):
 
 
 @dataclass(frozen=True)
+class TunedNumbers:
+    """What was found at the base for the optimizer, under the names of `TrainingArguments`. None: nothing was said.
+
+    learning_rate: peak rate of the base. adam_epsilon, adam_beta1, adam_beta2, weight_decay: of its AdamW. decay:
+    what of weight_decay stays constant (`moe_param.optim.groups.DECAYS`).
+    """
+
+    learning_rate: float | None = None
+    adam_epsilon: float | None = None
+    adam_beta1: float | None = None
+    adam_beta2: float | None = None
+    weight_decay: float | None = None
+    decay: str | None = None
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> TunedNumbers:
+        """Takes its own fields out of `values`; text is read as a number (YAML reads 1e-12, without a dot, as text).
+
+        Raises:
+            TunedError: no number, one out of range, or an unknown convention of decay.
+        """
+        found: dict[str, Any] = {f.name: values.get(f.name) for f in fields(cls)}
+        for name, (least, below) in _RANGES.items():
+            if found[name] is None:
+                continue
+            try:
+                found[name] = float(found[name])
+            except (TypeError, ValueError):
+                raise TunedError(f"{name} must be a number, got {found[name]!r}") from None
+            if not least <= found[name] < below:
+                raise TunedError(f"{name} must be at least {least:g} and below {below:g}, got {found[name]:g}")
+        if found["decay"] not in (None, *DECAYS):
+            raise TunedError(f"decay {found['decay']!r} is not a convention: choose one of {', '.join(DECAYS)}")
+        return cls(**found)
+
+
+_RANGES = {
+    "learning_rate": (sys.float_info.min, math.inf),
+    "adam_epsilon": (0.0, math.inf),
+    "adam_beta1": (0.0, 1.0),
+    "adam_beta2": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+}
+
+
+@dataclass(frozen=True)
 class Tuned:
-    """The base and what was found there. learning_rate is for the optimizer; the rest is what `apply` takes."""
+    """A base and what was found there: base, spec, init_std and constants are for `apply`, numbers for the optimizer.
+
+    target: the config at the shape the file says to train (`shape`), the base's own config where it says none.
+    """
 
     base: PretrainedConfig
+    target: PretrainedConfig
     spec: str
     init_std: float | None
     constants: Mapping[str, Mapping[str, float]] | None
-    learning_rate: float | None
+    numbers: TunedNumbers
 
 
-def read_tuned(path: str | Path) -> Tuned:
+def read_tuned(path: str | Path, shape: Mapping[str, int] | None = None) -> Tuned:
     """Reads a YAML file as `moe_param.tuning.sweep` writes it and `moe_param.training.pretrain --config` takes it.
 
-    Keys: model (folder or Hub id of a config) or model_type, overrides (config attributes), base_shape (sizes that
-    change it), spec, init_std, constants, learning_rate, tuned_at (the base's sizes, checked). Others are for training.
+    Keys: those of `base_and_target`, of `TunedNumbers`, and spec, init_std, constants. Others are for training.
+    `shape` takes the place of the file's.
 
     Raises:
-        TunedError: no such file, no model in it, or a base that is not the one the numbers were found at.
+        TunedError: no such file, no model in it, a base that is not the one the numbers were found at, or a number
+            out of range.
     """
     values = read_yaml(path)
+    if shape is not None:
+        values = {**values, "shape": shape, "target_shape": None}
     if ("model" in values) == ("model_type" in values):
         raise TunedError(f"{path}: expected one of model and model_type, as moe_param.tuning.sweep writes it")
     try:
-        config = build_config(values.get("model"), values.get("model_type"), values.get("overrides") or {})
-        base = scale_config(config, **(values.get("base_shape") or {}))
-        if values.get("tuned_at"):
-            check_tuned_at(base, values["tuned_at"])
+        base, target = base_and_target(values)
+        numbers = TunedNumbers.read(values)
     except (ValueError, TypeError) as error:
         raise TunedError(f"{path}: {str(error).splitlines()[0]}") from error
     return Tuned(
         base,
+        target,
         values.get("spec", DEFAULT_SPEC),
         values.get("init_std"),
         values.get("constants") or None,
-        values.get("learning_rate"),
+        numbers,
     )
+
+
+def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """One config at two shapes: where the numbers were found, and what is trained.
+
+    Keys: model (folder or Hub id of a config) or model_type, overrides (config attributes), base_shape and shape (or
+    target_shape; sizes that change the config, each by itself), tuned_at (the base's sizes, checked).
+
+    Raises:
+        TunedError: no such model, an unknown size, or a base that is not the one the numbers were found at.
+        ShapeError: sizes that do not divide.
+    """
+    config = build_config(values.get("model"), values.get("model_type"), values.get("overrides") or {})
+    found = []
+    for name in ("base_shape", "shape"):
+        sizes = values.get(name) or (values.get("target_shape") if name == "shape" else None) or {}
+        unknown = [key for key in sizes if key not in SIZES]
+        if unknown:
+            raise TunedError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")
+        found.append(scale_config(config, **sizes) if sizes else config)
+    base, target = found
+    if values.get("tuned_at"):
+        check_tuned_at(base, values["tuned_at"])
+    return base, target
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

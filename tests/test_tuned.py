@@ -9,11 +9,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import moe_param
-from moe_param import ParameterizationError, TunedError, read_tuned, scale_config
+from moe_param import (
+    Parameterization,
+    ParameterizationError,
+    ScalingSpec,
+    TunedError,
+    TunedNumbers,
+    read_tuned,
+    scale_config,
+)
 from moe_param.cli.main import app
+from moe_param.training.arguments import build_configs, parse
 from tests.models import build, tiny_config
 
 SIZES = {"width": 64, "depth": 4, "num_experts": 8, "top_k": 2, "expert_size": 96}
@@ -48,7 +58,58 @@ def test_a_file_is_the_same_as_its_numbers(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
     plain = moe_param.plan(type(ours), ours.config, tiny_config("mixtral"))  # control: without the numbers
     assert plain.rules != found.rules
-    assert read_tuned(tmp_path / "best.yaml").learning_rate == 0.01
+
+
+NUMBERS = {"adam_epsilon": "1e-12", "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.1, "decay": "independent"}
+
+
+def test_what_the_file_says_of_the_optimizer_stays_with_the_model(tmp_path: Path) -> None:
+    model = target()
+    found = moe_param.apply(model, write(tmp_path / "best.yaml", **NUMBERS), seed=1)
+    wanted = TunedNumbers(0.01, 1e-12, 0.9, 0.95, 0.1, "independent")
+    assert found.tuned == read_tuned(tmp_path / "best.yaml").numbers == wanted
+    model.save_pretrained(tmp_path)
+    loaded = Parameterization.from_model(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert loaded == found and loaded.tuned == wanted
+    partial = moe_param.plan(type(model), model.config, write(tmp_path / "rate.yaml"))
+    assert Parameterization.from_dict(partial.to_dict()).tuned == TunedNumbers(learning_rate=0.01)
+    without = moe_param.plan(type(model), model.config, tiny_config("mixtral"))
+    assert without.tuned is None and "tuned" not in without.to_dict()
+    assert Parameterization.from_dict(without.to_dict()) == without  # as versions before 0.2 wrote it
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": "fast"}, "learning_rate must be a number, got 'fast'"),
+        ({"learning_rate": 0.0}, "learning_rate must be at least"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least .* got nan"),
+        ({"adam_epsilon": -1e-8}, "adam_epsilon must be at least 0 .* got -1e-08"),
+        ({"adam_beta2": 1.0}, "adam_beta2 must be at least 0 and below 1, got 1"),
+        ({"decay": "emma"}, "'emma' is not a convention: choose one of independent, ema, none"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TunedError, match=f"best.yaml: .*{message}"):
+        read_tuned(write(tmp_path / "best.yaml", **changes))
+
+
+def test_explain_and_train_read_one_file_alike(tmp_path: Path) -> None:
+    """base_shape and shape both change the config of the file; a shape beside the file takes its place."""
+    path = write(tmp_path / "best.yaml", base_shape={"width": 32}, shape={"depth": 6}, tuned_at=SIZES | {"width": 32})
+    arguments, _, _ = parse(["--config", str(path)])
+    base, config = build_configs(arguments)
+    assert (base.hidden_size, base.num_hidden_layers) == (32, 4)
+    assert (config.hidden_size, config.num_hidden_layers) == (64, 6)
+    plan = moe_param.plan(type(target()), config, base, init_std=0.05, constants=CONSTANTS)
+    found = CliRunner().invoke(app, ["explain", str(path), "--json", "--full"])
+    assert json.loads(found.stdout)["rows"] == json.loads(json.dumps(plan.rows(full=True)))
+    arguments, _, _ = parse(["--config", str(path), "--shape", "width=128"])
+    base, config = build_configs(arguments)
+    assert (config.hidden_size, config.num_hidden_layers) == (128, 4)
+    plan = moe_param.plan(type(target()), config, base, init_std=0.05, constants=CONSTANTS)
+    found = CliRunner().invoke(app, ["explain", str(path), "--target", "width=128", "--json", "--full"])
+    assert json.loads(found.stdout)["rows"] == json.loads(json.dumps(plan.rows(full=True)))
 
 
 @pytest.mark.parametrize(
@@ -81,6 +142,10 @@ def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:
         moe_param.plan(type(target()), config, path, init_std=0.02)
     with pytest.raises(ParameterizationError, match="spec is 'standard' here"):
         moe_param.plan(type(target()), config, path, spec="standard")
+    with pytest.raises(ParameterizationError, match="spec is 'moe-completep' here and 'standard' in"):  # no default
+        moe_param.plan(type(target()), config, write(tmp_path / "standard.yaml", spec="standard"), spec="moe-completep")
+    same = moe_param.plan(type(target()), config, path, spec=ScalingSpec.load("moe-completep"), init_std=0.05)
+    assert same == moe_param.plan(type(target()), config, path)
     with pytest.raises(TunedError, match="No such file"):
         moe_param.plan(type(target()), config, tmp_path / "none.yaml")
 

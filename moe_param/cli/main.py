@@ -183,12 +183,17 @@ def _plan(
 ) -> Parameterization:
     from moe_param.applying import plan
     from moe_param.structure.trace import model_class_for
+    from moe_param.tuned import read_tuned
 
+    if target is not None and isinstance(base, Path) and _is_shape(target):  # as `--shape` beside a file in training
+        config = read_tuned(base, _sizes("--target", target)).target
+    elif target is not None:
+        config = _scaled(config, "--target", target)
     return plan(
         model_class_for(config),
-        _scaled(config, "--target", target) if target is not None else config,
+        config,
         _scaled(config, "--base", base) if isinstance(base, str) else base,  # type: ignore[arg-type]
-        spec=spec or DEFAULT_SPEC,
+        spec=spec,
         init_std=init_std,
         allow_sparsity_change=allow_sparsity_change,
     )
@@ -196,10 +201,23 @@ def _plan(
 
 def _scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfig:
     """The config that `--base` or `--target` means: sizes to change in `config`, or another config."""
-    from moe_param.structure.shape import SIZES, ShapeError, scale_config
+    from moe_param.structure.shape import ShapeError, scale_config
 
-    if "=" not in text or Path(text).exists():
-        return _load_config(text)
+    if not _is_shape(text):
+        return _load_config(text, of_base=option == "--base")
+    try:
+        return scale_config(config, **_sizes(option, text))
+    except ShapeError as error:
+        raise ShapeError(f"{option}: {error}") from error
+
+
+def _is_shape(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
+
+
+def _sizes(option: str, text: str) -> dict[str, int]:
+    from moe_param.structure.shape import SIZES
+
     sizes: dict[str, Any] = {}
     for item in text.split(","):
         key, _, value = (part.strip() for part in item.partition("="))
@@ -211,20 +229,18 @@ def _scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfi
             sizes[key] = int(value)
         except ValueError:
             raise ValueError(f"{option}: {key} must be a whole number, got {value!r}") from None
-    try:
-        return scale_config(config, **sizes)
-    except ShapeError as error:
-        raise ShapeError(f"{option}: {error}") from error
+    return sizes
 
 
-def _load_config(source: str) -> PretrainedConfig:
+def _load_config(source: str, of_base: bool = False) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = Path(source)
     if path.suffix in YAML:
         from moe_param.tuned import read_tuned
 
-        return read_tuned(path).base
+        tuned = read_tuned(path)
+        return tuned.base if of_base else tuned.target
     if not path.exists():
         if source in CONFIG_MAPPING:
             return AutoConfig.for_model(source)

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
 
-import moe_param
 from moe_param.errors import InputError
 from moe_param.scaling.spec import DEFAULT_SPEC
-from moe_param.structure.shape import SIZES
 from moe_param.training.data.text import DataArguments
-from moe_param.tuned import build_config, check_tuned_at, read_yaml
+from moe_param.tuned import base_and_target, read_yaml
 
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # short names; warm-up is never dropped
 ALTERNATIVES = (
@@ -302,15 +300,4 @@ def _nearest(name: str, names: list[str]) -> str:
 
 def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedConfig]:
     """(base, target), both the given config at another shape."""
-    config = build_config(args.model, args.model_type, args.overrides)  # type: ignore[arg-type]
-    base, target = _scaled(config, "base_shape", args.base_shape), _scaled(config, "shape", args.shape)
-    if args.tuned_at:
-        check_tuned_at(base, args.tuned_at)
-    return base, target
-
-
-def _scaled(config: PretrainedConfig, name: str, shape: dict[str, Any]) -> PretrainedConfig:
-    unknown = [key for key in shape if key not in SIZES]
-    if unknown:
-        raise InputError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")
-    return moe_param.scale_config(config, **shape)
+    return base_and_target(vars(args))
