@@ -27,6 +27,7 @@ from transformers import HfArgumentParser, PretrainedConfig
 
 import moe_param
 from moe_param.errors import InputError
+from moe_param.naming import parse_sizes
 from moe_param.structure.shape import AXES, measure
 from moe_param.structure.trace import model_class_for, trace_model
 from moe_param.training import pretrain
@@ -93,27 +94,13 @@ class Run:
         return f"{self.spec}/{self.target}/{self.octave:g}/{self.seed}"
 
 
-def factors(text: str) -> dict[str, float]:
-    """'width=2,depth=2' -> {"width": 2.0, "depth": 2.0}."""
-    found = {}
-    for part in text.split(","):
-        axis, _, factor = part.partition("=")
-        try:
-            found[axis] = float(factor)
-        except ValueError:
-            raise InputError(f"axes: {part!r} is not AXIS=FACTOR, e.g. width=4") from None
-        if axis not in AXES or found[axis] <= 0:
-            raise InputError(f"axes: {part!r}: expected one of {', '.join(AXES)} and a factor above 0")
-    return found
-
-
 def targets(base: PretrainedConfig, axes: list[str]) -> dict[str, PretrainedConfig]:
     """The base and every target, by name."""
     shape = measure(*trace_model(model_class_for(base), base))
     found = {"base": base}
     for text in axes:
         grown = shape
-        for axis, factor in factors(text).items():
+        for axis, factor in parse_sizes(text, AXES, float, option="--axes").items():
             grown = grown.along(axis, factor)
         sizes = {axis: getattr(grown, axis) for axis in (*AXES, "top_k")}
         found[text] = moe_param.scale_config(base, **sizes)
