@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +28,7 @@ from moe_param.applying import apply
 from moe_param.errors import MoeParamError
 from moe_param.parameterization import Parameterization
 from moe_param.scaling.spec import DEFAULT_SPEC, ScalingSpec
+from moe_param.statistics import half_width, slope
 from moe_param.structure.roles import Structure, read_structure
 from moe_param.structure.shape import AXES, Shape, ShapeError, scale_config
 from moe_param.structure.trace import is_experts, model_class_for
@@ -109,17 +111,17 @@ class CoordCheck:
         """
         verdicts = {}
         diverged = sorted({r["factor"] for r in self.records if not all(map(math.isfinite, r["loss"]))})
-        for quantity, slope in self.slopes["change"].items():
+        for quantity, found in self.slopes["change"].items():
             floor = -GROW if quantity == "residual" and self.axis != "depth" else VANISH
             if diverged:
                 verdicts[quantity] = Verdict(False, f"training diverged at factor {diverged}")
-            elif slope.value > GROW:
-                verdicts[quantity] = Verdict(False, f"its change grows as {self.axis}^{slope.value:.2f}")
-            elif slope.value < floor:
-                verdicts[quantity] = Verdict(False, f"its change vanishes as {self.axis}^{slope.value:.2f}")
+            elif found.value > GROW:
+                verdicts[quantity] = Verdict(False, f"its change grows as {self.axis}^{found.value:.2f}")
+            elif found.value < floor:
+                verdicts[quantity] = Verdict(False, f"its change vanishes as {self.axis}^{found.value:.2f}")
             else:
-                why = "an average of ever more independent parts" if slope.value < -GROW else "it stays"
-                verdicts[quantity] = Verdict(True, f"{self.axis}^{slope.value:.2f}: {why}")
+                why = "an average of ever more independent parts" if found.value < -GROW else "it stays"
+                verdicts[quantity] = Verdict(True, f"{self.axis}^{found.value:.2f}: {why}")
         return verdicts
 
     @property
@@ -133,14 +135,12 @@ class CoordCheck:
             measured = value(record)
             if measured is not None and math.isfinite(measured) and measured > 0:
                 per_seed.setdefault(record["seed"], []).append((math.log(record["factor"]), math.log(measured)))
-        slopes = [_fit(points) for points in per_seed.values() if len(points) > 1]
+        slopes = [slope(*zip(*points)) for points in per_seed.values() if len(points) > 1]
         if not slopes:
             return Slope(math.nan, math.nan, math.nan)
-        mean = sum(slopes) / len(slopes)
-        if len(slopes) == 1:
-            return Slope(mean, math.nan, math.nan)
-        spread = math.sqrt(sum((s - mean) ** 2 for s in slopes) / (len(slopes) - 1) / len(slopes))
-        half = _T95[min(len(slopes) - 1, len(_T95)) - 1] * spread
+        mean = statistics.fmean(slopes)
+        half = half_width(slopes)
+        half = math.nan if half is None else half
         return Slope(mean, mean - half, mean + half)
 
     # -- output ------------------------------------------------------------------------------------------------
@@ -208,16 +208,6 @@ class CoordCheck:
                 x.append(factor)
                 y.append(math.exp(sum(map(math.log, values)) / len(values)))
         return x, y
-
-
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Two-sided 95% quantiles of Student's t for 1, 2, … degrees of freedom."""
-
-
-def _fit(points: Sequence[tuple[float, float]]) -> float:
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 
 def coord_check(

@@ -6,11 +6,12 @@ needs next. So any number of machines can share one, and a restarted one goes on
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+
+from moe_param.statistics import paired_threshold
 
 Point = dict[str, float]
 """`learning_rate`, `init_std` and constants as `router.lr`; what is not in it is the base's own (constants: 1)."""
@@ -85,7 +86,7 @@ def coordinate_pass(
             spreads += [statistics.variance(gain) for gain in gains if all(map(math.isfinite, gain))]
             judged = []
             for factor, point, gain in zip(ladder, candidates, gains):
-                needed = threshold(gain, spreads, error_rate / tests)
+                needed = paired_threshold(gain, spreads, error_rate / tests)
                 mean = statistics.fmean(gain)
                 judged.append(Judgement(name, factor, point, gain, mean, needed, min(gain) > 0 and mean > needed))
             best = max((j for j in judged if j.accepted), key=lambda j: j.gain, default=None)
@@ -104,46 +105,3 @@ def gains_of(before: Losses, after: Losses) -> tuple[float, ...]:
     if not all(map(math.isfinite, before)):
         return (math.inf,) * len(after)
     return tuple(b - a for b, a in zip(before, after, strict=True))
-
-
-def threshold(gains: Sequence[float], spreads: Sequence[float], error_rate: float) -> float:
-    """What the mean gain must exceed: a one-sided paired t-test over the seeds.
-
-    The paired differences of a few seeds tell their own spread badly, so the spread of all candidates judged so far is
-    used, or the candidate's own where that is larger. Of those the median: a candidate that is far off scatters more,
-    and must not hide what the others gain. `error_rate` is that of one test; the pass divides its own by their number.
-    """
-    if not spreads or not all(map(math.isfinite, gains)):
-        return 0.0  # against a diverged point
-    freedom = len(gains) - 1
-    median_of_chi2 = freedom * (1 - 2 / (9 * freedom)) ** 3  # Wilson and Hilferty
-    pooled = statistics.median(spreads) * freedom / median_of_chi2
-    spread = max(pooled, statistics.variance(gains))
-    # A median is worth about half as many observations as a mean.
-    quantile = t_quantile(error_rate, max(freedom, freedom * len(spreads) // 2))
-    return quantile * math.sqrt(spread / len(gains))
-
-
-def t_tail(t: float, freedom: int) -> float:
-    """P(T > t) of Student's t with whole degrees of freedom (the finite series; t ≥ 0)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for i in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= cosine * cosine * (i - 1) / i
-    inner = math.sin(angle) * total
-    return (1 - (2 * (angle + inner) / math.pi if odd else inner)) / 2
-
-
-@functools.cache
-def t_quantile(tail: float, freedom: int) -> float:
-    low, high = 0.0, 1.0
-    while t_tail(high, freedom) > tail:
-        high *= 2
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
-    return high

@@ -28,15 +28,13 @@ from transformers import HfArgumentParser, PretrainedConfig
 import moe_param
 from moe_param.errors import InputError
 from moe_param.naming import parse_sizes
+from moe_param.statistics import half_width, parabola_vertex
 from moe_param.structure.shape import AXES, measure
 from moe_param.structure.trace import model_class_for, trace_model
 from moe_param.training import pretrain
 from moe_param.training.report import active_parameters, finite, hardware, versions
 from moe_param.tuning.ledger import cores, run_all
 from moe_param.tuning.short_run import ShortRun, short_run, train
-
-T_QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-"""0.975 quantiles of Student's t, by number of seeds."""
 
 DRIFT, REGRET = 0.5, 0.01
 """What counts as transferred: the optimum within half an octave, at most 1% of the loss given up."""
@@ -119,16 +117,10 @@ def vertex(octaves: list[float], losses: list[float]) -> float:
     if not np.isfinite(losses[best]):
         return math.nan
     if len(x) == 3 and np.isfinite(y).all():
-        curvature, slope, _ = np.polyfit(x, y, 2)
-        if curvature > 0:  # not three equal losses
-            return float(np.clip(-slope / (2 * curvature), x[0], x[-1]))
+        lowest = parabola_vertex(x, y)
+        if lowest is not None:  # not three equal losses
+            return float(np.clip(lowest, x[0], x[-1]))
     return float(octaves[best])
-
-
-def interval(values: list[float]) -> float | None:
-    """Half the width of the 95% confidence interval of the mean; None where the seeds are too few to tell."""
-    quantile = T_QUANTILES.get(len(values), 1.96 if len(values) > 8 else None)
-    return quantile * statistics.stdev(values) / math.sqrt(len(values)) if quantile else None
 
 
 def summarize(args: TransferArguments, losses: dict[Run, float]) -> list[dict[str, Any]]:
@@ -169,7 +161,7 @@ def summarize(args: TransferArguments, losses: dict[Run, float]) -> list[dict[st
                     "target": vertex(args.octaves, at_target.tolist()),
                 },
                 "drift_octaves": drift,
-                "drift_interval": interval(drifts),
+                "drift_interval": half_width(drifts),
                 "drift_of_seeds": drifts,
                 "regret": regret,
                 "best_loss": float(at_target[best]),

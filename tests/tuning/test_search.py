@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from moe_param.tuning.constants import Losses, Point, coordinate_pass, key_of, t_quantile
+from moe_param.tuning.constants import Losses, Point, coordinate_pass, key_of
 from moe_param.tuning.search import (
     Coordinate,
     Grid,
@@ -52,12 +52,6 @@ def statuses(trials: list[FrozenTrial]) -> Counter[str]:
 
 
 # -- when a change counts ------------------------------------------------------------------------------------------
-def test_quantiles_of_student_t() -> None:
-    table = [(1, 0.05, 6.3138), (2, 0.05, 2.9200), (3, 0.025, 3.1824), (4, 0.005, 4.6041), (5, 0.01, 3.3649)]
-    for freedom, tail, value in [*table, (10, 0.001, 4.1437), (30, 0.0005, 3.6460), (60, 0.025, 2.0003)]:
-        assert t_quantile(tail, freedom) == pytest.approx(value, abs=6e-5)
-
-
 class Lazy(dict[str, Losses]):
     """Trains whatever the pass asks about."""
 

@@ -12,7 +12,7 @@ import yaml
 from moe_param.errors import InputError
 from moe_param.structure.shape import Shape
 from moe_param.tuning import transfer
-from moe_param.tuning.transfer import Run, TransferArguments, interval, summarize, targets, vertex
+from moe_param.tuning.transfer import Run, TransferArguments, summarize, targets, vertex
 from tests.models import BYTE_MIXTRAL
 
 SEEDS = [0, 1, 2]
@@ -36,11 +36,6 @@ def test_the_vertex_is_where_it_was_planted() -> None:
     assert vertex(octaves, [(x + 5) ** 2 for x in octaves]) == -2.0  # the ladder's end
     assert vertex(octaves, [1.0, 0.5, 0.4, math.inf, math.inf]) == 0.0  # no parabola across a divergence
     assert math.isnan(vertex(octaves, [math.inf] * 5))
-
-
-def test_the_interval_is_students() -> None:
-    assert interval([0.0, 0.1, 0.2]) == pytest.approx(0.248416, abs=2e-5)  # 0.1/√3 · t(0.975, 2) = 4.30265
-    assert interval([0.1]) is None
 
 
 def test_drift_and_regret_of_planted_optima() -> None:
