@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
+from moe_param.corpus import held_out_by_hash, stdlib_split
 from moe_param.errors import InputError
 from moe_param.training.arguments import Horizon
 from moe_param.training.data.batches import Batches
@@ -24,9 +25,6 @@ from moe_param.training.data.streams import START, PackedStream, Position
 from moe_param.training.data.text import (
     ByteTokenizer,
     DataArguments,
-    held_out_by_hash,
-    stdlib_files,
-    stdlib_split,
     stdlib_tokens,
 )
 
@@ -41,21 +39,6 @@ def documents(count: int) -> list[str]:
 
 
 # -- stdlib ----------------------------------------------------------------------------------------------------------
-def test_stdlib_split_is_by_file_disjoint_and_complete() -> None:
-    train, held_out = (dict(part) for part in stdlib_split(0.05))
-    assert not train.keys() & held_out.keys()
-    assert train.keys() | held_out.keys() == dict(stdlib_files()).keys()
-    assert 0.02 < len(held_out) / (len(train) + len(held_out)) < 0.1
-    assert not any("site-packages" in name or "/test/" in f"/{name}" for name in train | held_out)
-
-
-def test_stdlib_side_of_a_file_depends_on_its_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    held_out = dict(stdlib_split(0.05)[1])
-    files = stdlib_files()
-    monkeypatch.setattr("moe_param.training.data.text.stdlib_files", lambda: files[::2])
-    assert dict(stdlib_split(0.05)[1]).keys() == held_out.keys() & dict(files[::2]).keys()
-
-
 def test_stdlib_tokens_are_the_files_bytes_and_deterministic() -> None:
     train, held_out = stdlib_tokens(ByteTokenizer())
     again, _ = stdlib_tokens(ByteTokenizer())

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_param.corpus import held_out_by_hash
 from moe_param.errors import InputError
 from moe_param.training.data.packing import PackedDataset
 from moe_param.training.data.streams import PackedStream
@@ -20,7 +21,6 @@ from moe_param.training.data.text import (
     column,
     documents,
     encoded,
-    held_out_by_hash,
     load_tokenizer,
     stdlib_tokens,
 )

@@ -8,9 +8,7 @@ end-of-document token and cut into blocks of `seq_len`; nothing is padded, so al
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from moe_param.corpus import document_bytes, stdlib_split
 from moe_param.errors import InputError
 
-# Installed packages differ by machine, test suites are not in every distribution, codec tables are not text.
-STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 BUILDERS = {
     ".txt": "text",
     ".text": "text",
@@ -102,7 +99,7 @@ class ByteTokenizer:
     dtype = np.uint8
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(errors="replace") + b"\0", np.uint8) for text in texts]
+        return [document_bytes(text) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         return bytes(tokens).decode(errors="replace")
@@ -135,34 +132,12 @@ def load_tokenizer(name: str) -> ByteTokenizer | HFTokenizer:
     return ByteTokenizer() if name == "bytes" else HFTokenizer(name)
 
 
-def stdlib_files() -> list[tuple[str, Path]]:
-    """(relative path, file) of the standard library's sources, in the same order on every machine."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
-    return [(name, path) for name, path in files if STDLIB_SKIPPED.isdisjoint(name.split("/"))]
-
-
-def stdlib_split(fraction: float) -> tuple[list[tuple[str, Path]], list[tuple[str, Path]]]:
-    """Whole files, training and held out. A file's side depends on its name only, not on the other files."""
-    files = stdlib_files()
-    held_out = [held_out_by_hash(name, fraction) for name, _ in files]
-    if not any(held_out) or all(held_out):
-        root = sysconfig.get_paths()["stdlib"]
-        raise InputError(f"stdlib: too few .py files ({len(files)}) under {root}: use train_files instead")
-    return [f for f, out in zip(files, held_out) if not out], [f for f, out in zip(files, held_out) if out]
-
-
 def stdlib_tokens(tokenizer: Tokenizer, fraction: float = 0.05) -> tuple[np.ndarray, np.ndarray]:
     train, validation = (
         np.concatenate(list(encoded((path.read_text("utf-8", "replace") for _, path in part), tokenizer)))
         for part in stdlib_split(fraction)
     )
     return train, validation
-
-
-def held_out_by_hash(key: str, fraction: float) -> bool:
-    digest = hashlib.blake2b(key.encode(errors="replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int = 256) -> Iterator[np.ndarray]:
