@@ -409,7 +409,7 @@ def check(level: str, logs: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m patches.install",
+        prog="moe-param install-kernels",
         description="Installs MegaBlocks and grouped_gemm into this environment, patched for current torch.",
     )
     parser.add_argument(
@@ -433,8 +433,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     parser.add_argument("--check", action="store_true", help="install nothing, only check")
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()) / "moe-param-install")
+    parser.add_argument("--logs", type=Path, help="folder for the compilers' words (default: a new private one)")
     arguments = parser.parse_args(argv)
+    if arguments.logs is None:  # a predictable name in a shared folder could be someone else's
+        arguments.logs = Path(tempfile.mkdtemp(prefix="moe-param-install-"))
 
     here = look()
     todo = plan(here, arguments.level, arguments.arch, arguments.jobs, arguments.gemm, arguments.force)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import moe_param
 from moe_param import (
@@ -22,8 +21,8 @@ from moe_param import (
     read_tuned,
     scale_config,
 )
-from moe_param.cli.main import app
 from moe_param.training.arguments import build_configs, parse
+from tests.cli import program
 from tests.models import build, tiny_config
 
 SIZES = {"width": 64, "depth": 4, "num_experts": 8, "top_k": 2, "expert_size": 96}
@@ -102,13 +101,13 @@ def test_explain_and_train_read_one_file_alike(tmp_path: Path) -> None:
     assert (base.hidden_size, base.num_hidden_layers) == (32, 4)
     assert (config.hidden_size, config.num_hidden_layers) == (64, 6)
     plan = moe_param.plan(type(target()), config, base, init_std=0.05, constants=CONSTANTS)
-    found = CliRunner().invoke(app, ["explain", str(path), "--json", "--full"])
+    found = program.run("explain", str(path), "--json", "--full")
     assert json.loads(found.stdout)["rows"] == json.loads(json.dumps(plan.rows(full=True)))
     arguments, _, _ = parse(["--config", str(path), "--shape", "width=128"])
     base, config = build_configs(arguments)
     assert (config.hidden_size, config.num_hidden_layers) == (128, 4)
     plan = moe_param.plan(type(target()), config, base, init_std=0.05, constants=CONSTANTS)
-    found = CliRunner().invoke(app, ["explain", str(path), "--target", "width=128", "--json", "--full"])
+    found = program.run("explain", str(path), "--target", "width=128", "--json", "--full")
     assert json.loads(found.stdout)["rows"] == json.loads(json.dumps(plan.rows(full=True)))
 
 
@@ -152,11 +151,11 @@ def test_what_contradicts_the_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_command_line_reads_it(tmp_path: Path) -> None:
     path = write(tmp_path / "best.yaml")
-    found = CliRunner().invoke(app, ["explain", str(path), "--target", "width=128,depth=6", "--json", "--full"])
-    assert found.exit_code == 0, found.output
+    found = program.run("explain", str(path), "--target", "width=128,depth=6", "--json", "--full")
+    assert found.exit_code == 0, found.stderr
     document = json.loads(found.stdout)
     plan = moe_param.plan(type(target()), target().config, path)
     assert document["rows"] == json.loads(json.dumps(plan.rows(full=True)))
     assert document["init_std"] == 0.05 and not document["recorded"]
-    wrong = CliRunner().invoke(app, ["explain", str(write(path, tuned_at={"width": 32})), "--target", "width=128"])
-    assert wrong.exit_code == 2 and "width 32, not 64" in wrong.output
+    wrong = program.run("explain", str(write(path, tuned_at={"width": 32})), "--target", "width=128")
+    assert wrong.exit_code == 2 and "width 32, not 64" in wrong.stderr

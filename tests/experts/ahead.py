@@ -26,7 +26,8 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, CompilationError  # noqa: E402
 
-from moe_param import experts, kernels  # noqa: E402
+from moe_param.experts import kernels  # noqa: E402
+from moe_param.experts import megablocks as experts  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bf16", "fp16", "fp32")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy
 import pytest
-from typer.testing import CliRunner
 
-from moe_param.cli.main import app
+from tests.cli.program import run as moe_param
 from tests.models import tiny_config
 
 SMALLEST = ["--factors", "1", "2", "--steps", "1", "--seeds", "1", "--processes", "1"]
@@ -57,8 +56,8 @@ def config(tmp_path: Path) -> Path:
 
 def check(config: Path, out: Path, *options: str) -> tuple[int, str]:
     base = ["--base", "width=32", "--factors", "1,2", "--steps", "2", "--seeds", "1"]
-    result = CliRunner().invoke(app, ["coord-check", str(config), "--out", str(out), *base, *options])
-    return result.exit_code, result.output
+    result = moe_param("coord-check", config, "--out", out, *base, *options)
+    return result.exit_code, result.stdout + result.stderr
 
 
 def test_command_writes_and_exits_by_the_verdict(config: Path, tmp_path: Path) -> None:

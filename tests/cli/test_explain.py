@@ -1,4 +1,4 @@
-"""`moe-param explain`, through typer's runner and once as a real process."""
+"""`moe-param explain`, in this process and once as a real one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from rich.console import Console
-from typer.testing import CliRunner
 
 import moe_param
-from moe_param.cli.main import app
+from moe_param.explain import rich_table
+from tests.cli import program
+from tests.cli.program import Result
 from tests.models import build, classes, tiny_config
 
 BASE = "width=32,depth=2"
@@ -23,7 +23,7 @@ SIZES: dict[str, Any] = {"width": 32, "depth": 2}
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["explain", *map(str, arguments)])
+    return program.run("explain", *arguments)
 
 
 @pytest.fixture
@@ -134,20 +134,20 @@ def test_errors_are_one_line(target: Path, tmp_path: Path, arguments: tuple[str,
     (tmp_path / "untyped.json").write_text("{}")
     result = run(*(argument.format(target=target, tmp=tmp_path) for argument in arguments))
     assert result.exit_code == 2 and not result.stdout
-    assert result.stderr.startswith("moe-param: error: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("moe-param explain: error: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
 
 
 def test_sparsity_change_warns_in_one_line(target: Path) -> None:
     result = run(target, "--base", "num_experts=8,top_k=1", "--allow-sparsity-change", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["base_shape"]["num_experts"] == 8
-    assert result.stderr.startswith("moe-param: warning: ") and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("moe-param explain: warning: ") and result.stderr.count("\n") == 1
 
 
 def test_narrow_terminals_get_whole_numbers(target: Path) -> None:
     """At 80 columns nothing is cut; only the names of the parameters are left out."""
     output = io.StringIO()
-    Console(width=80, file=output).print(planned(target).rich_table(narrow=True))
+    Console(width=80, file=output).print(rich_table(planned(target), narrow=True))
     assert "…" not in output.getvalue()
     line = next(line for line in output.getvalue().splitlines() if line.strip().startswith("expert_down"))
     assert f"{planned(target).rules['model.layers.0.mlp.experts.down_proj'].init_std:.4g}" in line.split()
@@ -161,12 +161,3 @@ def test_process_explains_a_full_size_model() -> None:
     assert "8×28672×4096" in done.stdout and not done.stderr
     failed = subprocess.run([*command[:4], "mixtral"], capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr and failed.stderr.count("\n") == 1
-
-
-def test_help_needs_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys; from typer.testing import CliRunner; from moe_param.cli.main import app; "
-        "assert 'explain' in CliRunner().invoke(app, ['--help']).stdout; "
-        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
