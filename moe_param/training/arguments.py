@@ -273,7 +273,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArgum
     first.add_argument("--config", help="YAML file with any of the arguments below.")
     known, rest = first.parse_known_args(argv)
     types = (ModelArguments, DataArguments, PretrainArguments)
-    parser = HfArgumentParser(types, prog="python -m moe_param.training.pretrain", parents=[first], allow_abbrev=False)
+    parser = HfArgumentParser(types, prog="moe-param train", parents=[first], allow_abbrev=False)
     names = [f.name for cls in types for f in fields(cls) if f.init]
     if known.config:
         values = read_yaml(known.config)

@@ -169,7 +169,7 @@ def parse_all(
     """Our arguments, the config's name, and pretrain's arguments: all that ours leave."""
     parser = HfArgumentParser(
         SweepArguments,  # type: ignore[arg-type]
-        prog="python -m moe_param.tuning.sweep",
+        prog="moe-param tune",
         allow_abbrev=False,
         epilog="All arguments of training too: see moe-param train --help",
     )

@@ -114,7 +114,7 @@ def test_recorded_parameterization_is_shown(tmp_path: Path) -> None:
         (("{target}", "--base", "widht=32"), "--base: unknown size 'widht' (did you mean 'width'?)"),
         (("{target}", "--base", "head_dim=8"), "unknown size 'head_dim'"),
         (("{target}", "--base", "width=wide"), "width must be a whole number"),
-        (("{target}", "--base", "width=0"), "positive integer"),
+        (("{target}", "--base", "width=0"), "a whole number above 0"),
         (("{target}", "--base", "width=32,width=64"), "given twice"),
         (("{target}", "--base", "width=33"), "choose a width"),
         (("{target}", "--base", BASE, "--target", "depht=4"), "--target: unknown size 'depht'"),
