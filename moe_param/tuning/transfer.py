@@ -277,9 +277,9 @@ def _loss(result: dict[str, Any]) -> float:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
-    (args,) = HfArgumentParser(
-        TransferArguments, prog="moe-param transfer"
-    ).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (args,) = HfArgumentParser(TransferArguments, prog="moe-param transfer").parse_args_into_dataclasses(
+        argv, look_for_args_file=False
+    )
     small = ["--max_steps", "3", "--per_device_train_batch_size", "2"] if args.smallest else []
     read = pretrain.parse(["--config", args.config, "--output_dir", args.output_dir, *small])
     console, start = Console(), time.perf_counter()
