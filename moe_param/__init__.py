@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from moe_param.scaling.rules import ParameterizationError, Rule
     from moe_param.scaling.spec import ScalingSpec, SpecError
     from moe_param.structure.roles import RoleError
-    from moe_param.structure.shape import Shape, ShapeError, scale_config
+    from moe_param.structure.scaling_config import scale_config
+    from moe_param.structure.shape import Shape, ShapeError
     from moe_param.structure.trace import StructureError
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
 
@@ -42,7 +43,8 @@ _NAMES = {
     "scaling.rules": ("ParameterizationError", "Rule"),
     "scaling.spec": ("ScalingSpec", "SpecError"),
     "structure.roles": ("RoleError",),
-    "structure.shape": ("Shape", "ShapeError", "scale_config"),
+    "structure.scaling_config": ("scale_config",),
+    "structure.shape": ("Shape", "ShapeError"),
     "structure.trace": ("StructureError",),
     "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
 }

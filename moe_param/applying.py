@@ -19,7 +19,8 @@ from moe_param.record import check_shapes
 from moe_param.scaling.rules import ParameterizationError, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.structure.roles import read_structure
-from moe_param.structure.shape import Shape, ShapeError, scale_config
+from moe_param.structure.scaling_config import scale_config
+from moe_param.structure.shape import Shape, ShapeError
 from moe_param.tuned import Tuned, read_tuned
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from transformers import AutoConfig, PretrainedConfig
 from moe_param.errors import MoeParamError
 from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
-from moe_param.structure.shape import SIZES, Shape, scale_config
+from moe_param.structure.scaling_config import scale_config
+from moe_param.structure.shape import SIZES, Shape
 
 
 class TunedError(MoeParamError):

@@ -30,7 +30,8 @@ from moe_param.parameterization import Parameterization
 from moe_param.scaling.spec import DEFAULT_SPEC, ScalingSpec
 from moe_param.statistics import half_width, slope
 from moe_param.structure.roles import Structure, read_structure
-from moe_param.structure.shape import AXES, Shape, ShapeError, scale_config
+from moe_param.structure.scaling_config import scale_config
+from moe_param.structure.shape import AXES, Shape, ShapeError
 from moe_param.structure.trace import is_experts, model_class_for
 
 QUANTITIES = (

@@ -1,11 +1,7 @@
-"""`Shape`: the sizes that are scaled, and `scale_config`: the same architecture at another shape."""
+"""`Shape`: the sizes along which a model is scaled, given by hand or measured on its tensors."""
 
 from __future__ import annotations
 
-import copy
-import math
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -13,7 +9,6 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
-from moe_param.structure.adapters import adapter_for
 from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, model_class_for, trace_model
 
 AXES = ("width", "depth", "num_experts", "expert_size")
@@ -114,171 +109,4 @@ def measure(model: PreTrainedModel, trace: Trace) -> Shape:
         top_k=top_k,
         expert_size=expert_size,
         head_dim=head_dims[0] if head_dims else None,
-    )
-
-
-# Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
-# `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
-_WIDTH = r"hidden_size|d_model"
-_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads"
-_RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_size"
-_DEPTH = r"num_hidden_layers"
-_LAST_LAYER = r"\w*layer_end_index"
-_EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
-_TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
-_GROUPS = r"n_group"  # of experts, in routers that choose groups first
-_EXPERT_SIZE = r"moe_intermediate_size|expert_intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size"
-_SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size"
-_DENSE_SIZE = r"intermediate_size|dense_intermediate_size|ffn_hidden_size|\w+_dense_intermediate_size"
-
-
-def scale_config(
-    config: PretrainedConfig,
-    *,
-    width: int | None = None,
-    depth: int | None = None,
-    num_experts: int | None = None,
-    top_k: int | None = None,
-    expert_size: int | None = None,
-    model_class: type[PreTrainedModel] | None = None,
-) -> PretrainedConfig:
-    """The same architecture at another shape.
-
-    Sizes are absolute; what is not given stays, except top_k, which follows num_experts so that the sparsity stays.
-    With width scale: the numbers of heads (head_dim is fixed), latent ranks of attention (`q_lora_rank`,
-    `kv_lora_rank`), state-space ranks, and dense MLPs where experts have a size of their own. With expert_size scale
-    shared experts, and dense MLPs where one attribute gives the size of both. Layer patterns are continued: a periodic
-    pattern goes on, a run of leading dense layers keeps its length. Expert groups keep their number. `model_class` is
-    the class the config is for, where transformers cannot tell.
-
-    Raises:
-        ShapeError: a size that is not a positive integer or does not divide, an axis the config does not have, or a
-            scaled config whose model does not have the sizes asked for.
-    """
-    model_class = model_class or model_class_for(config)
-    source, trace = trace_model(model_class, config)
-    old = measure(source, trace)
-    asked = {
-        "width": width,
-        "depth": depth,
-        "num_experts": num_experts,
-        "top_k": top_k,
-        "expert_size": expert_size,
-    }
-    sizes = {name: value if value is not None else getattr(old, name) for name, value in asked.items()}
-    if top_k is None:
-        sizes["top_k"] = _whole(old.top_k, Fraction(sizes["num_experts"], old.num_experts), "top_k", "num_experts")
-    new = Shape(**sizes, head_dim=old.head_dim)
-    if new == old:
-        return copy.deepcopy(config)
-
-    for axis, why in adapter_for(config).refuse.items():
-        if getattr(new, axis) != getattr(old, axis):
-            raise ShapeError(f"{type(config).__name__} cannot change {axis}: {why}")
-    ratio = {name: Fraction(getattr(new, name), getattr(old, name)) for name in asked}
-    values = config.to_dict()
-    values.pop("moe_param", None)
-    present = [k for k, v in values.items() if _scalable(v)]
-    own_size = [k for k in present if re.fullmatch(_EXPERT_SIZE, k) and _first(values[k]) == old.expert_size]
-    axis_of: dict[str, str] = {}
-    for key in present:
-        if re.fullmatch(_WIDTH, key) or re.fullmatch(_HEADS, key) or re.fullmatch(_RANKS, key):
-            axis_of[key] = "width"
-        elif re.fullmatch(_EXPERTS, key) and _first(values[key]) == old.num_experts:
-            axis_of[key] = "num_experts"
-        elif re.fullmatch(_TOP_K, key) and _first(values[key]) == old.top_k:
-            axis_of[key] = "top_k"
-        elif re.fullmatch(_EXPERT_SIZE, key) or re.fullmatch(_SHARED_SIZE, key):
-            axis_of[key] = "expert_size"
-        elif re.fullmatch(_DENSE_SIZE, key):
-            axis_of[key] = "width" if own_size else "expert_size"
-    for key, axis in axis_of.items():
-        values[key] = _scaled(values[key], ratio[axis], key, axis)
-    for key in present:
-        if re.fullmatch(_GROUPS, key) and values[key] and new.num_experts % values[key]:
-            raise ShapeError(f"num_experts = {new.num_experts} does not divide into {key} = {values[key]} groups")
-    if new.depth != old.depth:
-        for key, value in values.items():
-            if isinstance(value, list) and len(value) == old.depth:
-                values[key] = _repattern(value, new.depth, key)
-            elif key == "per_layer_config" and value:
-                given = {int(layer): entry for layer, entry in value.items()}
-                each = [given.get(layer) for layer in range(old.depth)]
-                values[key] = {str(i): v for i, v in enumerate(_repattern(each, new.depth, key)) if v is not None}
-            elif re.fullmatch(_DEPTH, key):
-                values[key] = new.depth
-            elif re.fullmatch(_LAST_LAYER, key) and value == old.depth - 1:
-                values[key] = new.depth - 1
-    try:
-        scaled = type(config).from_dict(values)
-        model, trace = trace_model(model_class, scaled)
-        got = measure(model, trace)
-    except Exception as error:
-        raise ShapeError(
-            f"{type(config).__name__} at {sizes} builds no working model: {type(error).__name__}: {error}"
-        ) from error
-    if got != new:
-        raise ShapeError(
-            f"{type(config).__name__} does not scale as asked: wanted {new}, the scaled config builds {got}. "
-            "A size that scale_config does not know decides this family's shape; pass a config instead of a Shape."
-        )
-    before, after = (depth - _moe_layers(m) for depth, m in ((old.depth, source), (new.depth, model)))
-    if after > max(before, math.ceil(before * ratio["depth"])):
-        raise ShapeError(
-            f"{type(config).__name__} at depth {new.depth} has {after} layers without experts, the original {before} "
-            f"of {old.depth}: an attribute that scale_config does not know decides where experts are; pass a config"
-        )
-    return scaled
-
-
-def _moe_layers(model: PreTrainedModel) -> int:
-    """Decoder layers with routed experts."""
-    return sum(any(is_experts(m) for m in layer.modules()) for layer in find_layers(model)[1])
-
-
-def _scalable(value: Any) -> bool:
-    if isinstance(value, list):
-        return bool(value) and all(_scalable(v) for v in value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
-
-
-def _scaled(value: Any, ratio: Fraction, key: str, axis: str) -> Any:
-    if isinstance(value, list):
-        return [_scaled(v, ratio, key, axis) for v in value]
-    return _whole(value, ratio, key, axis)
-
-
-def _whole(value: int, ratio: Fraction, key: str, axis: str) -> int:
-    scaled = value * ratio
-    if scaled.denominator != 1:
-        raise ShapeError(
-            f"{axis} × {ratio} makes {key} = {value} into {float(scaled):g}: choose a {axis} at which {key} is whole"
-        )
-    return int(scaled)
-
-
-def _repattern(pattern: Sequence[Any], length: int, key: str) -> list[Any]:
-    """Continues (or cuts) a per-layer list: `[s, f, s, f]` goes on alternating, `[d, m, m]` keeps one leading d."""
-    items = list(pattern)
-    if items == list(range(len(items))):  # each layer names itself
-        return list(range(length))
-    lead = 0
-    while lead < len(items) and items[lead] == items[0]:
-        lead += 1
-    for start in (0, lead % len(items)):
-        rest = items[start:]
-        for period in range(1, len(rest) // 2 + 1):
-            if all(rest[i] == rest[i - period] for i in range(period, len(rest))):
-                return (items[:start] + [rest[i % period] for i in range(max(length, start) - start)])[:length]
-    if len(items) - lead == 1 and "mlp" in key:  # [dense, sparse]: a leading dense layer, not an alternation
-        return (items[:lead] + items[lead:] * max(1, length - lead))[:length]
-    if length % len(items) == 0:
-        return items * (length // len(items))
-    raise ShapeError(
-        f"the layer pattern {key} = {items} has no period, so it cannot be made {length} long: "
-        f"use a multiple of {len(items)} layers, or pass a config with the pattern you want"
     )
