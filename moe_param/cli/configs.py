@@ -65,7 +65,8 @@ def scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfig
     Raises:
         InputError, ShapeError: unknown sizes, or ones that do not fit; the option is named.
     """
-    from moe_param.structure.shape import ShapeError, scale_config
+    from moe_param.structure.scaling_config import scale_config
+    from moe_param.structure.shape import ShapeError
 
     if not is_shape(text):
         return load_config(text, of_base=option == "--base")
