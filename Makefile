@@ -11,7 +11,7 @@ TESTED := requirements-tested.txt
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types test test-all demo format clean
+.PHONY: help setup lint types check test test-all docs wheel demo format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -54,16 +54,27 @@ lint: $(STAMP)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP)  ## mypy on the package
-	$(BIN)/mypy moe_param
+types: $(STAMP)  ## mypy on the package, the recipes and the patches
+	$(BIN)/mypy
 
 # One thread per worker: two workers with a thread per core each would fight over the cores.
 # The tests need nothing from the Hub; offline, a slip shows at once and the same way everywhere.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: lint types  ## lint, types and the fast tests: before every commit, at most 3 minutes on 2 cores
+	$(PYTEST) -m "not slow and not all_families and not gpu" $(PYTEST_ARGS)
+
 test: lint types  ## everything CI checks
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not all_families" $(PYTEST_ARGS)
+	$(PYTEST) -m "not all_families" $(PYTEST_ARGS)
 
 test-all: lint types  ## the same for every family: 7 minutes more on 2 cores
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+docs: $(STAMP)  ## the API reference, from docstrings, into build/docs
+	HF_HUB_OFFLINE=1 $(BIN)/python -m docs.build build/docs
+
+wheel: $(STAMP)  ## the wheel, into dist
+	$(BIN)/python -m build --wheel --outdir dist
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
 	$(BIN)/python -m moe_param.tuning.transfer --config recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
