@@ -7,15 +7,16 @@ from moe_param.experts.registration import register_experts
 
 if TYPE_CHECKING:
     from moe_param.applying import apply, plan
-    from moe_param.balancing.balancer import BalanceError, LoadBalancer, linear_decay
+    from moe_param.balancing.balancer import LoadBalancer, linear_decay
     from moe_param.balancing.callback import LoadBalancingCallback
-    from moe_param.balancing.routing import RoutingError
+    from moe_param.balancing.gates import RoutingError
+    from moe_param.balancing.saved import load_selection_biases
+    from moe_param.balancing.selection import BalanceError
     from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
     from moe_param.errors import InputError, MoeParamError
     from moe_param.init import WeightsError
-    from moe_param.optim.adam import OptimizerError
     from moe_param.optim.clipping import ScaleFreeClipping, clip_grad_norm_
-    from moe_param.optim.schedules import check_schedule
+    from moe_param.optim.groups import OptimizerError, check_schedule
     from moe_param.parameterization import Parameterization
     from moe_param.scaling.horizon import HorizonError, HorizonFactors, horizon_factors
     from moe_param.scaling.rules import ParameterizationError, Rule
@@ -31,15 +32,16 @@ __version__ = "0.2.0.dev0"
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {
     "applying": ("apply", "plan"),
-    "balancing.balancer": ("BalanceError", "LoadBalancer", "linear_decay"),
+    "balancing.balancer": ("LoadBalancer", "linear_decay"),
     "balancing.callback": ("LoadBalancingCallback",),
-    "balancing.routing": ("RoutingError",),
+    "balancing.gates": ("RoutingError",),
+    "balancing.saved": ("load_selection_biases",),
+    "balancing.selection": ("BalanceError",),
     "checks.coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
     "errors": ("InputError", "MoeParamError"),
     "init": ("WeightsError",),
-    "optim.adam": ("OptimizerError",),
     "optim.clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
-    "optim.schedules": ("check_schedule",),
+    "optim.groups": ("OptimizerError", "check_schedule"),
     "parameterization": ("Parameterization",),
     "scaling.horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
     "scaling.rules": ("ParameterizationError", "Rule"),
@@ -84,6 +86,7 @@ __all__ = [
     "coord_check",
     "horizon_factors",
     "linear_decay",
+    "load_selection_biases",
     "plan",
     "read_tuned",
     "scale_config",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moe_param.balancing.selection import require_selection_biases
 from moe_param.init import check_writable, initialize
 from moe_param.parameterization import Parameterization
 from moe_param.record import check_shapes
@@ -126,11 +127,13 @@ def apply(
         ShapeError: sizes that contradict the model or do not divide.
         SpecError: an invalid scaling table.
         WeightsError: meta weights.
+        BalanceError: a model loaded without the selection biases its config names (`load_selection_biases`).
         ParameterizationError: a model already parameterized or quantized, another architecture than the base, another
             sparsity, a multiplier without a place to go, NaN or negative constants, numbers that contradict a file.
         TunedError: a file of tuned numbers that cannot be read or is not for its base.
         In every case the model is left as it was.
     """
+    require_selection_biases(model)
     if reinit and _is_parameterized(model):
         raise ParameterizationError(
             f"{type(model).__name__} is already parameterized (config.moe_param is set): read its rules with "

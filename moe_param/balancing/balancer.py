@@ -6,6 +6,7 @@ routed to expert i (Σ_i Load_i = top_k) and κ = top_k / num_experts. The biase
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -20,18 +21,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
-from moe_param.balancing.routing import Route, checked, find_routes, unwrap
-from moe_param.errors import MoeParamError
+from moe_param.balancing.gates import checked
+from moe_param.balancing.routing import Route, find_routes, unwrap
+from moe_param.balancing.saved import FILE, read_biases
+from moe_param.balancing.selection import BalanceError, place, require_selection_biases, selection_of, take_away
 
 RULES = ("proportional", "sign")
-FILE = "selection_biases.safetensors"
-"""What `LoadBalancer.save` writes into a folder."""
 
 Rate = float | Callable[[int], float]
-
-
-class BalanceError(MoeParamError):
-    """A model that cannot be balanced as asked, or saved biases that do not belong to it."""
 
 
 def linear_decay(rate: float, steps: int) -> Callable[[int], float]:
@@ -48,10 +45,11 @@ class LoadBalancer:
             optimizer.step()
             balancer.step()
 
-    Tokens are counted in training mode only; where the model was given a 2-D attention mask, padding is left out.
-    Counts add up over micro-batches and are summed over processes by one collective per step. The load is a share, so
-    a forward pass that gradient checkpointing runs twice, and tensor-parallel ranks that see the same tokens, change
-    nothing. Nothing here waits for the device, except `metrics`.
+    Tokens are counted in training mode, in forward passes of the model or of a model inside it; where such a pass is
+    given a 2-D attention mask, padding is left out. What gradient checkpointing runs again in the backward pass is not
+    counted again. Counts add up over micro-batches and are summed over processes by one collective per step. The load
+    is a share, so tensor-parallel ranks that see the same tokens change nothing. Nothing here waits for the device,
+    except `metrics`. A copy of the model has the biases, and is not counted.
 
     Make it after the model has its weights and wrappers (DDP, FSDP2, checkpointing) and before it is first compiled.
 
@@ -60,14 +58,16 @@ class LoadBalancer:
         rate: step of the biases (the paper's η_bias), a number or a function of the steps done (`linear_decay`).
             0 only counts, which works for every model.
         rule: "proportional" (2601.20205, eq. 2) or "sign" (2408.15664).
-        inject: give routers without a selection bias one. This changes what the model computes, and plain
-            transformers knows nothing of it: save and load it with `save` and `load`.
+        inject: give routers without a selection bias one. This changes what the model computes. It is saved with
+            the weights and named in the config, but plain transformers knows nothing of it: after `from_pretrained`
+            call `load_selection_biases`.
         recentre: take the mean out of the biases of each layer (a constant shift does not change a selection).
         process_group: the processes that see different data; default: all.
         strict: refuse, not warn, when the model's auxiliary loss is on at the same time.
 
     Raises:
-        BalanceError: routers that cannot be biased, with the reasons; an unknown rule.
+        BalanceError: routers that cannot be biased, with the reasons; an unknown rule; a model that was loaded
+            without the biases its config names.
         RoutingError: a model without router modules.
     """
 
@@ -88,11 +88,13 @@ class LoadBalancer:
             raise BalanceError(f"rate is {rate}: expected a number ≥ 0, or a function of the step")
         self.model: PreTrainedModel = unwrap(model)
         self.rate, self.rule, self.recentre, self.group = rate, rule, recentre, process_group
+        require_selection_biases(self.model)
         self.routes = find_routes(self.model, inject=inject)
         self.moved = [row for row, route in enumerate(self.routes) if not route.fixed]
         if rate != 0:
             _check_movable(self.routes, inject)
             _check_auxiliary_loss(self.model, strict)
+        self._place()
         first = next(self.routes[0].module.parameters())
         shape = (len(self.routes), self.routes[0].num_experts)
         self.counts = torch.zeros(shape, dtype=torch.int64, device=first.device)
@@ -104,40 +106,57 @@ class LoadBalancer:
         mask[self.moved] = 1.0
         self.movable = mask.to(first.device)
         self.steps = 0
-        self._mask: torch.Tensor | None = None
-        self._read_native()
-        self._handles = [self.model.register_forward_pre_hook(self._before, with_kwargs=True)]
+        self._running: list[tuple[nn.Module, torch.Tensor | None]] = []  # forward passes, each with its mask
+        self._read()
+        self._handles = []
+        for module in self.model.modules():
+            if isinstance(module, PreTrainedModel):  # the model, and those inside that may be called by themselves
+                enter = _Hook(self._enter(module))
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
         for row, route in enumerate(self.routes):
-            self._handles.append(route.module.register_forward_hook(self._after(row, route)))
+            self._handles.append(route.module.register_forward_hook(_Hook(self._count(row, route.top_k))))
+
+    def _place(self) -> None:
+        gates = {r.name: (r.module, r.gate, r.num_experts) for r in self.routes if r.gate is not None}
+        place(self.model, gates)
+        for name, (router, _, _) in gates.items():
+            route = next(route for route in self.routes if route.name == name)
+            route.owner, route.leaf = selection_of(router), "bias"
 
     # -- in the forward pass -------------------------------------------------------------------------------------
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not module.training:
-            return
-        given = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._mask = None
-        if isinstance(given, torch.Tensor) and given.dim() == 2:
-            tokens = kwargs.get("input_ids", args[0] if args else None)
-            tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-            length = given.shape[1] if tokens is None else tokens.shape[1]
-            self._mask = given[:, -length:].reshape(-1) != 0  # a cache makes the mask longer than the tokens
+    def _enter(self, module: nn.Module) -> Callable[..., None]:
+        """A forward pass begins: its mask, that of the pass around it where it is given none, is used until it ends."""
+        names = list(inspect.signature(module.forward).parameters)
 
-    def _after(self, row: int, route: Route) -> Callable[..., Any]:
-        gate, top_k = route.gate, route.top_k
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = {**dict(zip(names, args)), **kwargs}
+            mask, tokens = given.get("attention_mask"), given.get("input_ids")
+            tokens = given.get("inputs_embeds") if tokens is None else tokens
+            flat = self._running[-1][1] if self._running else None
+            if module.training and isinstance(mask, torch.Tensor) and mask.dim() == 2:
+                length = mask.shape[1] if tokens is None else tokens.shape[1]
+                flat = mask[:, -length:].reshape(-1) != 0  # a cache makes the mask longer than the tokens
+            self._running.append((module, flat))
 
-        def hook(module: nn.Module, args: Any, out: Any) -> Any:
-            logits, weights, indices, *_ = checked(out)
-            if gate is not None:
-                weights, indices = gate.route(logits, self.bias[row].to(logits.device), weights.dtype)
-                out = (logits, weights, indices)
-            if module.training:
-                chosen = indices.detach().reshape(-1).to(self.counts)
-                if self._mask is not None and self._mask.numel() * top_k == chosen.numel():
-                    real = self._mask[:, None].expand(-1, top_k).reshape(-1).to(self.counts)
-                else:
-                    real = torch.ones_like(chosen)
-                self.counts[row].scatter_add_(0, chosen, real)
-            return out
+        return hook
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        """The forward pass is over, also where it raised."""
+        if any(running is module for running, _ in self._running):
+            while self._running.pop()[0] is not module:
+                pass
+
+    def _count(self, row: int, top_k: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if not module.training or not self._running:  # outside: checkpointing runs a layer again
+                return
+            chosen, mask = checked(out)[2].detach().reshape(-1).to(self.counts), self._running[-1][1]
+            if mask is not None and mask.numel() * top_k == chosen.numel():
+                real = mask[:, None].expand(-1, top_k).reshape(-1).to(self.counts)
+            else:
+                real = torch.ones_like(chosen)
+            self.counts[row].scatter_add_(0, chosen, real)
 
         return hook
 
@@ -159,13 +178,14 @@ class LoadBalancer:
         self.bias.sub_(delta * some * self.movable, alpha=rate)
         if self.recentre:
             self.bias.sub_(self.bias.mean(-1, keepdim=True))
-        self.counts.zero_()
+        self.discard()
         self.steps += 1
-        self._write_native()
+        self.write()
 
     def discard(self) -> None:
         """Forgets the tokens counted since the last step: for optimizer steps that were skipped."""
         self.counts.zero_()
+        self._running.clear()  # what a KeyboardInterrupt left there
 
     def metrics(self) -> dict[str, float]:
         """Of the last step, over the layers that are balanced (over all, where none can be). Empty before it.
@@ -185,16 +205,17 @@ class LoadBalancer:
         names = ["max_over_mean", "starved", "bias_range", *(f"entropy/{self.routes[row].name}" for row in rows)]
         return dict(zip(names, numbers, strict=True))
 
-    # -- native biases ----------------------------------------------------------------------------------------------
+    # -- the biases in the model -----------------------------------------------------------------------------------
     @torch.no_grad()
-    def _read_native(self) -> None:
+    def _read(self) -> None:
         for row, route in enumerate(self.routes):
             if (native := route.native) is not None:
                 full = native.full_tensor() if isinstance(native, DTensor) else native
                 self.bias[row].copy_(full.reshape(-1))
 
     @torch.no_grad()
-    def _write_native(self) -> None:
+    def write(self) -> None:
+        """Copies `bias` into the model; for whoever changes it by hand, as each step does it."""
         for row, route in enumerate(self.routes):
             if (native := route.native) is None:
                 continue
@@ -208,48 +229,72 @@ class LoadBalancer:
     # -- persistence -----------------------------------------------------------------------------------------------
     @property
     def needs_file(self) -> bool:
-        """Whether the model's own state dict leaves something of the biases out: injected or below float32."""
+        """Whether the model's own state dict leaves something of the biases out: those it keeps below float32."""
         natives = [route.native for route in self.routes]
-        return any(route.gate is not None for route in self.routes) or any(
-            native is not None and native.dtype != torch.float32 for native in natives
-        )
+        return any(native is not None and native.dtype != torch.float32 for native in natives)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the biases (float32) and the number of steps into `folder`. One process of a job is enough."""
+        """Writes the biases (float32) and the number of steps into `folder`. One process of a job is enough.
+
+        The weights have the biases too (in the model's dtype, where they are its own); this is for going on exactly.
+        """
         Path(folder).mkdir(parents=True, exist_ok=True)
         tensors = {self.routes[row].name: self.bias[row].cpu().clone() for row in self.moved}
         save_file(tensors, Path(folder) / FILE, metadata={"steps": str(self.steps)})
 
     def load(self, folder: str | Path) -> None:
-        """Takes over what `save` wrote; where a model was trained with injected biases, without them it is another.
+        """Takes over what `save` wrote or, without it, the injected biases among the weights in `folder`.
 
         Raises:
-            BalanceError: no such file, or one of another model.
+            BalanceError: nothing there, or the biases of another model.
         """
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise BalanceError(
-                f"{path} does not exist: a model trained with injected selection biases needs them. Give the folder "
-                "that `LoadBalancer.save` or the callback wrote."
-            )
-        with safe_open(path, framework="pt") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            steps = int((file.metadata() or {}).get("steps", 0))
-        wanted = {self.routes[row].name: self.bias.shape[1:] for row in self.moved}
+        path, steps = Path(folder) / FILE, self.steps
+        names = [self.routes[row].name for row in self.moved]
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                steps = int((file.metadata() or {}).get("steps", 0))
+        elif not any(route.gate is not None for route in self.routes):
+            raise BalanceError(f"{path} does not exist: give the folder that `LoadBalancer.save` or the callback wrote")
+        else:
+            saved = read_biases(self.model, str(folder), names)
+        wanted = {name: self.bias.shape[1:] for name in names}
         found = {name: tensor.shape for name, tensor in saved.items()}
         if found != wanted:
-            raise BalanceError(f"{path} holds the biases of another model: {found}, expected {wanted}")
+            raise BalanceError(f"{folder} holds the biases of another model: {found}, expected {wanted}")
         with torch.no_grad():
-            for row in self.moved:
-                self.bias[row].copy_(saved[self.routes[row].name])
+            for row, name in zip(self.moved, names):
+                self.bias[row].copy_(saved[name])
         self.steps = steps
-        self._write_native()
+        self.write()
 
-    def remove(self) -> None:
-        """Takes all hooks off the model; injected biases no longer act, native ones stay as they are."""
+    def stop(self) -> None:
+        """Counts no more. Biases, injected ones too, stay and act: the model computes what it was trained to."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def remove(self) -> None:
+        """Stops, and takes injected biases off the model and its config; native ones stay as they are."""
+        self.stop()
+        take_away(self.model)
+
+
+class _Hook:
+    """A hook that copies and pickles of the model do not inherit."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*args: Any) -> None:
+    """The hook of a copy."""
 
 
 def _check_movable(routes: list[Route], inject: bool) -> None:

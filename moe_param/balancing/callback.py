@@ -7,11 +7,18 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_param.balancing.balancer import FILE, LoadBalancer, Rate
+from moe_param.balancing.balancer import LoadBalancer, Rate
+from moe_param.balancing.routing import unwrap
+from moe_param.balancing.saved import FILE, load_selection_biases
+from moe_param.balancing.selection import named_routers
 
 
 class LoadBalancingCallback(TrainerCallback):
-    """`LoadBalancer` in a `Trainer`: steps after each optimizer step, logs as `moe/…`, saves with each checkpoint.
+    """`LoadBalancer` in a `Trainer`: steps after each optimizer step, logs as `moe/…`.
+
+    The biases are among the weights that the Trainer saves. After training nothing is counted any more, and the biases,
+    injected ones too, stay in the model, so that it evaluates as it was trained; `callback.balancer.remove()` takes
+    injected ones off.
 
     Args:
         rate, rule, inject, recentre, strict: see `LoadBalancer`.
@@ -46,18 +53,20 @@ class LoadBalancingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.balancer is not None:
-            self.balancer.remove()
-        self.balancer = LoadBalancer(kwargs["model"], **self.settings)
+            self.balancer.stop()
         folder = self.load_from
         if state.global_step and folder is None:
             given = args.resume_from_checkpoint
             written = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             folder = given if isinstance(given, str) and Path(given).is_dir() else written
-            if not self.balancer.needs_file and not (Path(folder) / FILE).is_file():
-                folder = None  # native float32 biases came with the weights
-        if folder is not None:
-            self.balancer.load(folder)
-        self.balancer.steps = state.global_step
+        if folder is not None and named_routers(unwrap(kwargs["model"])):
+            load_selection_biases(kwargs["model"], folder)
+        self.balancer = balancer = LoadBalancer(kwargs["model"], **self.settings)
+        injected = any(route.gate is not None for route in balancer.routes)
+        needed = self.load_from is not None or injected or balancer.needs_file
+        if folder is not None and (needed or (Path(folder) / FILE).is_file()):
+            balancer.load(folder)  # otherwise native float32 biases came with the weights
+        balancer.steps = state.global_step
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,5 +92,11 @@ class LoadBalancingCallback(TrainerCallback):
             state.log_history[-1].update(numbers)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.balancer is not None and state.is_world_process_zero:
+        if self.balancer is not None and self.balancer.needs_file and state.is_world_process_zero:
             self.balancer.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.balancer is not None:
+            self.balancer.stop()

@@ -20,86 +20,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from moe_param.errors import MoeParamError
+from moe_param.balancing.gates import Gate, RoutingError, checked
+from moe_param.balancing.selection import Selection, selection_of
 from moe_param.optim.groups import plain_name
 from moe_param.structure.trace import _quiet, is_experts, trace_model
 
 PROBE_TOKENS = 64
 
 
-class RoutingError(MoeParamError):
-    """A router that cannot be counted or biased; the message says which one, and why."""
-
-
-@dataclass(frozen=True)
-class Gate:
-    """From logits to weights and indices, as one of the routers in use does it.
-
-    kind: "softmax" (over all experts), "softmax_chosen" (over the chosen ones), "sigmoid", "sigmoid_chosen" (after a
-        selection by logits).
-    fp32: whether it is computed in float32 whatever the dtype of the logits.
-    normalize: the ε of a division by the sum of the chosen weights; None: no such division.
-    factor: ("mul" or "div", number) the weights are scaled by.
-    groups: (number of groups, groups kept, "max" or "top2" for a group's score) of group-limited routing.
-    """
-
-    kind: str
-    fp32: bool
-    normalize: float | None
-    factor: tuple[str, float]
-    groups: tuple[int, int, str] | None
-    ordered: bool
-    top_k: int
-
-    def route(self, logits: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weights in `dtype`, indices): selection sees the bias, weights do not.
-
-        Softmax routers are biased in logit space, where a step means the same at any number of experts; sigmoid
-        ones on the score.
-        """
-        act = torch.float32 if self.fp32 else None  # None: what the logits are, or what autocast makes of them
-        if self.kind == "softmax":
-            scores = logits.softmax(-1, dtype=act)
-            choice = (logits + bias).to(logits.dtype if act is None else act).softmax(-1)
-        elif self.kind == "softmax_chosen":
-            scores, choice = logits, logits + bias
-        elif self.kind == "sigmoid_chosen":  # selects by logits: float32 keeps apart what those keep apart
-            scores, choice = logits, logits.float().sigmoid() + bias
-        else:
-            scores = logits.to(act).sigmoid() if act else logits.sigmoid()
-            choice = scores + bias
-        choice = choice.detach()  # selection carries no gradient
-        if self.groups is not None:
-            choice = self.limit(choice, *self.groups)
-        indices = choice.topk(self.top_k, dim=-1, sorted=self.ordered).indices
-        weights = scores.gather(-1, indices)
-        if self.kind == "softmax_chosen":
-            weights = weights.softmax(-1, dtype=act)
-        elif self.kind == "sigmoid_chosen":
-            weights = weights.to(act).sigmoid() if act else weights.sigmoid()
-        if self.normalize is not None:
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / (total + self.normalize if self.normalize else total)
-        how, number = self.factor
-        if number != 1:
-            weights = weights * number if how == "mul" else weights / number
-        return weights.to(dtype), indices
-
-    @staticmethod
-    def limit(choice: torch.Tensor, groups: int, kept: int, score: str) -> torch.Tensor:
-        grouped = choice.unflatten(-1, (groups, -1))
-        of_group = grouped.amax(-1) if score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
-        best = of_group.topk(kept, dim=-1, sorted=False).indices
-        outside = torch.ones_like(of_group, dtype=torch.bool).scatter(-1, best, False)
-        return grouped.masked_fill(outside.unsqueeze(-1), 0.0).flatten(-2)
-
-
 @dataclass
 class Route:
     """One routed layer of a model.
 
-    module: the live router. owner, leaf: where its own selection bias is (the tensor is looked up each time: FSDP2
-    replaces parameters), None without one. gate: how to repeat the routing with a bias, where it was asked for.
+    module: the live router. owner, leaf: where its selection bias is (the tensor is looked up each time: FSDP2
+    replaces parameters), None without one. gate: how to repeat the routing with a bias, where one was injected or is
+    asked for.
     fixed: why this router cannot be biased, empty where it can.
     """
 
@@ -154,13 +89,16 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
                 f"{router.experts} gets its indices from its block, not from a router module: its load cannot be "
                 "counted from outside. Newer versions of transformers give every family a router module: upgrade."
             )
-        found = _examine(skeleton, router.module, router.experts, inject, seen)
+        selection = selection_of(live[router.module])
+        found = selection or _examine(skeleton, router.module, router.experts, inject, seen)
         experts: Any = skeleton.get_submodule(router.experts)
         route = Route(router.module, live[router.module], int(experts.num_experts), router.top_k)
         if isinstance(found, str):
             route.fixed = found
         elif isinstance(found, Gate):
             route.gate = found
+        elif isinstance(found, Selection):
+            route.owner, route.leaf, route.gate = found, "bias", found.gate
         else:
             owner, _, route.leaf = found[0].rpartition(".")
             route.owner = live[owner]
@@ -320,16 +258,3 @@ class _Probe:
             groups, factors, kinds, (True, False), epsilons, (True, False)
         ):
             yield Gate(kind, fp32, epsilon, factor, group, ordered, top_k)
-
-
-def checked(out: Any) -> tuple[torch.Tensor, ...]:
-    """A router's output, if it starts (logits, weights, indices)."""
-    if (
-        not isinstance(out, tuple)
-        or len(out) < 3
-        or not all(isinstance(t, torch.Tensor) for t in out[:3])
-        or out[2].is_floating_point()
-        or out[1].shape != out[2].shape
-    ):
-        raise RoutingError("its output does not start (logits, weights, indices), as transformers' routers' do")
-    return out

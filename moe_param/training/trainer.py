@@ -36,6 +36,8 @@ from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from moe_param import LoadBalancingCallback, ScaleFreeClipping
 from moe_param.balancing.routing import find_routes
+from moe_param.balancing.saved import load_selection_biases
+from moe_param.balancing.selection import selection_of
 from moe_param.training.arguments import PretrainArguments
 from moe_param.training.checkpoints import (
     PROGRESS,
@@ -134,7 +136,10 @@ class MoETrainer(Trainer):
         sharded = self.is_fsdp_enabled
         state: dict[str, Any] = {}
         if not sharded or self.is_world_process_zero():
-            state = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict()
+            saved = AutoModelForCausalLM.from_pretrained(resume_from_checkpoint, dtype=model.dtype)
+            if any(selection_of(module) for module in model.modules()):  # otherwise the callback takes them from there
+                load_selection_biases(saved)
+            state = saved.state_dict()
         if sharded:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             set_model_state_dict(model, state, options=options)

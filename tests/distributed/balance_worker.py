@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -30,7 +31,7 @@ def batch(step: int, micro: int, rank: int) -> torch.Tensor:
     return tokens(seed=100 * rank + 10 * step + micro)
 
 
-def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, Any]:
+def train(family: str, layout: str, mesh: DeviceMesh, rank: int, folder: Path) -> dict[str, Any]:
     model: Any = build(family)
     if layout == "fsdp":
         for layer in model.model.layers:
@@ -70,6 +71,12 @@ def train(family: str, layout: str, mesh: DeviceMesh, rank: int) -> dict[str, An
         )
         for seen in indices:
             seen.clear()
+    if family == "qwen3_moe":  # as the Trainer saves under DDP and FSDP2
+        balancer.stop()
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(balancer.model, options=whole)
+        if rank == 0:
+            balancer.model.save_pretrained(folder / layout, state_dict=state)
     return found
 
 
@@ -78,12 +85,13 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    found = {
-        f"{family} {layout}": train(family, layout, mesh, rank)
+    found: dict[str, Any] = {
+        f"{family} {layout}": train(family, layout, mesh, rank, folder)
         for family in (FAMILIES if dist.get_world_size() == 2 else FAMILIES[::3])
         for layout in ("ddp", "fsdp")
     }
-    found["control"] = train("deepseek_v3", "one rank", mesh, rank)
+    found["folder"] = str(folder)
+    found["control"] = train("deepseek_v3", "one rank", mesh, rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from moe_param import LoadBalancer, load_selection_biases
 from tests.distributed.balance_worker import FAMILIES, RATE, STEPS
 from tests.distributed.launch import processes
 
@@ -57,9 +60,15 @@ def follows(runs: list[dict[str, Any]], family: str, layout: str) -> None:
     for run in runs:
         for step in run["steps"]:
             assert step["collectives"] == 1, "one for all layers, sharded or not"
-            assert all(n is None or n == b for n, b in zip(step["native"], step["bias"], strict=True))
-            assert all((n is None) == (family == "qwen3_moe") for n in step["native"])
+            assert step["native"] == step["bias"]
         assert all(run["sharded"]) == (layout == "fsdp" and family in ("afmoe", "ernie4_5_moe"))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_injected_biases_are_in_what_several_processes_save(ranks: list[dict[str, Any]], layout: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(Path(ranks[0]["folder"]) / layout)
+    load_selection_biases(model)
+    assert LoadBalancer(model, rate=0).bias.tolist() == ranks[0][f"qwen3_moe {layout}"]["steps"][-1]["bias"]
 
 
 def test_a_reduction_on_one_rank_would_be_seen(ranks: list[dict[str, Any]]) -> None:

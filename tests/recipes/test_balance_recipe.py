@@ -21,6 +21,7 @@ def test_what_is_counted_is_what_the_experts_get() -> None:
     balancer = LoadBalancer(model, rate=0.1, inject=True)
     load = recipe.Load(model)
     balancer.bias[:, 3] = 1e4
+    balancer.write()
     ids = tokens()
     with load.counting() as counts:
         model(input_ids=ids)

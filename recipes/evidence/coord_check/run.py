@@ -62,8 +62,7 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
 
     model_class, config = tiny(family)
     base: Shape = measure(*trace_model(model_class, config))
-    found: dict[str, Any] = {}
-    started = time.monotonic()
+    started, found = time.monotonic(), {}
     for axis in AXES:
         for spec in SPECS:
             left = limit - (time.monotonic() - started)
