@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
     from moe_param.errors import InputError, MoeParamError
     from moe_param.init import WeightsError
+    from moe_param.optim.adam import OptimizerError
     from moe_param.optim.clipping import ScaleFreeClipping, clip_grad_norm_
-    from moe_param.optim.groups import OptimizerError, check_schedule
+    from moe_param.optim.schedules import check_schedule
     from moe_param.parameterization import Parameterization
     from moe_param.scaling.horizon import HorizonError, HorizonFactors, horizon_factors
     from moe_param.scaling.rules import ParameterizationError, Rule
@@ -40,8 +41,9 @@ _NAMES = {
     "checks.coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
     "errors": ("InputError", "MoeParamError"),
     "init": ("WeightsError",),
+    "optim.adam": ("OptimizerError",),
     "optim.clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
-    "optim.groups": ("OptimizerError", "check_schedule"),
+    "optim.schedules": ("check_schedule",),
     "parameterization": ("Parameterization",),
     "scaling.horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
     "scaling.rules": ("ParameterizationError", "Rule"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,15 +13,13 @@ from transformers import PreTrainedModel
 from moe_param import explain
 from moe_param.balancing.selection import require_selection_biases
 from moe_param.optim import groups as optim
+from moe_param.optim.adam import adam_class, adam_numbers, check_decoupled
 from moe_param.record import FORMAT, check_shapes, decode, encode, spans
 from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.roles import layer_pattern
 from moe_param.structure.shape import Shape
 from moe_param.tuned import TunedNumbers
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,123 @@ class Parameterization:
     """What the file of the base says about the optimizer; None where the base was given as a shape or a config."""
 
     # -- training ----------------------------------------------------------------------------------------------
-    def param_groups(self, model: torch.nn.Module, **numbers: Unpack[optim.BaseNumbers]) -> list[dict[str, Any]]:
-        """Optimizer groups for `model`, wrapped or sharded or not: `lr` and the other numbers of the base model.
+    # Numbers are the base model's; each group's follow by its rules. What is not given is the tuned one
+    # (`self.tuned`), and where nothing was tuned the paper's: ε 1e-12, betas (0.9, 0.95), no weight decay.
+    def param_groups(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        decay: str | None = None,
+        steps: int | None = None,
+        base_steps: int | None = None,
+        batch_ratio: float = 1.0,
+        tokens_ratio: float = 1.0,
+        betas: tuple[float, float] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Groups for an Adam of your own over `model`, wrapped or sharded or not, wholly or partly trained.
 
-        Arguments, result and errors are those of `moe_param.optim.groups.param_groups`.
+        Args:
+            model: the model that is trained. Parameters that are frozen now are left out.
+            lr, eps, weight_decay, decay: the base's; left out, the tuned ones, else ε 1e-12 and no decay.
+            betas: the base's; left out, the tuned ones. Where there are none, groups hold none, and the optimizer's own
+                default counts, which for torch is (0.9, 0.999). `optimizer` has (0.9, 0.95) there.
+            steps, base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+
+        Returns:
+            Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay`, perhaps `betas`. The first
+            has the base's rate.
+
+        Raises:
+            OptimizerError: no learning rate, numbers out of range, another model than the one parameterized.
+            HorizonError: ratios that the square root rules do not cover.
         """
-        return optim.param_groups(self.rules, model, **numbers)
+        numbers = adam_numbers(self.tuned, lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, decay=decay)
+        tuned_betas = self.tuned is not None and (self.tuned.adam_beta1, self.tuned.adam_beta2) != (None, None)
+        return optim.param_groups(
+            self.rules,
+            model,
+            lr=numbers.lr,
+            eps=numbers.eps,
+            weight_decay=numbers.weight_decay,
+            decay=numbers.decay,
+            steps=steps,
+            base_steps=base_steps,
+            batch_ratio=batch_ratio,
+            tokens_ratio=tokens_ratio,
+            betas=numbers.betas if betas is not None or tuned_betas else None,
+        )
 
-    def optimizer_factory(self, optimizer_class: type[torch.optim.Optimizer]) -> type:
-        """For `Trainer(optimizer_cls_and_kwargs=(factory, {"lr": …}))`; `optim.groups` has the rest."""
-        return optim.optimizer_factory(self.rules, optimizer_class)
+    def optimizer(
+        self,
+        model: torch.nn.Module,
+        *,
+        optimizer: str | type[torch.optim.Optimizer] = "adamw",
+        adam_like: bool = False,
+        lr: float | None = None,
+        eps: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        decay: str | None = None,
+        steps: int | None = None,
+        base_steps: int | None = None,
+        batch_ratio: float = 1.0,
+        tokens_ratio: float = 1.0,
+        **options: Any,
+    ) -> torch.optim.Optimizer:
+        """The optimizer of `model`, for a loop of your own.
+
+        Args:
+            model: the model that is trained, wrapped or sharded or not. Parameters that are frozen now are left out.
+            optimizer: "adamw", "adam", or a class that derives from torch's AdamW or Adam.
+            adam_like: your word that another class makes Adam's update with decoupled weight decay.
+            lr, eps, betas, weight_decay, decay: the base's; left out, the tuned ones, else ε 1e-12, betas (0.9, 0.95)
+                and no decay. A learning rate has no default.
+            steps, base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+            options: what the optimizer's class takes besides (fused, …).
+
+        Raises:
+            OptimizerError: no learning rate, an optimizer that is not Adam, numbers out of range, another model than
+                the one parameterized.
+            HorizonError: ratios that the square root rules do not cover.
+        """
+        optimizer_class = adam_class(optimizer, adam_like)
+        numbers = adam_numbers(self.tuned, lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, decay=decay)
+        check_decoupled(optimizer_class, numbers.weight_decay, options)
+        groups = optim.param_groups(
+            self.rules,
+            model,
+            **asdict(numbers),
+            steps=steps,
+            base_steps=base_steps,
+            batch_ratio=batch_ratio,
+            tokens_ratio=tokens_ratio,
+        )
+        options.update(lr=numbers.lr, eps=numbers.eps, betas=numbers.betas, weight_decay=numbers.weight_decay)
+        return optimizer_class(groups, **options)
+
+    def optimizer_factory(
+        self, optimizer: str | type[torch.optim.Optimizer] = "adamw", *, adam_like: bool = False
+    ) -> type:
+        """A class for `Trainer(optimizer_cls_and_kwargs=(factory, kwargs))`; kwargs are the arguments of `optimizer`.
+
+        Trainer instantiates it and calls it with the model it trains, so this works under FSDP2, where
+        `Trainer(optimizers=…)` is refused. Trainer hands it no `TrainingArguments`: learning_rate, weight_decay, betas
+        and ε set there are not seen. `trainer_arguments` reads them.
+
+        Raises:
+            OptimizerError: an optimizer that is not Adam.
+        """
+        optimizer_class = adam_class(optimizer, adam_like)
+
+        class Factory:
+            def __call__(_, model: torch.nn.Module, **numbers: Any) -> torch.optim.Optimizer:
+                return self.optimizer(model, optimizer=optimizer_class, adam_like=adam_like, **numbers)
+
+        Factory.__name__ = f"{optimizer_class.__name__}Factory"
+        return Factory
 
     # -- explanation -------------------------------------------------------------------------------------------
     def rows(self, full: bool = False) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ class Tuned:
 
 
 def read_tuned(path: str | Path, shape: Mapping[str, int] | None = None) -> Tuned:
-    """Reads a YAML file as `moe_param.tuning.sweep` writes it and `moe_param.training.pretrain --config` takes it.
+    """Reads a YAML file as `moe-param tune` writes it and `moe-param train` takes it.
 
     Keys: those of `base_and_target`, of `TunedNumbers`, and spec, init_std, constants. Others are for training.
     `shape` takes the place of the file's.
@@ -98,7 +98,7 @@ def read_tuned(path: str | Path, shape: Mapping[str, int] | None = None) -> Tune
     if shape is not None:
         values = {**values, "shape": shape, "target_shape": None}
     if ("model" in values) == ("model_type" in values):
-        raise TunedError(f"{path}: expected one of model and model_type, as moe_param.tuning.sweep writes it")
+        raise TunedError(f"{path}: expected one of model and model_type, as moe-param tune writes it")
     try:
         base, target = base_and_target(values)
         numbers = TunedNumbers.read(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_param.errors import InputError
 from moe_param.naming import nearest, parse_sizes
@@ -71,6 +71,7 @@ def scaled(config: PretrainedConfig, option: str, text: str) -> PretrainedConfig
     if not is_shape(text):
         return load_config(text, of_base=option == "--base")
     try:
-        return scale_config(config, **sizes(option, text))
+        changes: dict[str, Any] = {**sizes(option, text)}
+        return scale_config(config, **changes)
     except ShapeError as error:
         raise ShapeError(f"{option}: {error}") from error

@@ -9,7 +9,7 @@ unknown.
 from __future__ import annotations
 
 from argparse import SUPPRESS
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ def parse(
     description: str | None = None,
     config: str | None = None,
     defaults: Mapping[str, Any] | None = None,
+    of_file: Callable[[str], Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """An instance of every dataclass in `types`.
 
@@ -42,7 +43,8 @@ def parse(
         argv: the command line, without the program.
         prog, description: for the help.
         config: the help of the field `config`, which may then be given as first argument too.
-        defaults: values that take the place of the fields' own defaults (of a YAML file).
+        defaults: values that take the place of the fields' own defaults.
+        of_file: the defaults that the file CONFIG holds; they come before `defaults`.
 
     Raises:
         InputError: an unknown option (with the nearest there is), a value of the wrong type, a missing one.
@@ -52,6 +54,8 @@ def parse(
     names = option_names(types)
     if defaults:
         parser.set_defaults(**defaults)
+    if of_file and (source := parser.parse_known_args(list(argv))[0].config):
+        parser.set_defaults(**of_file(source))
     *instances, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_param.optim.groups import OptimizerError, mesh_of, trained
+from moe_param.optim.adam import OptimizerError
+from moe_param.optim.groups import mesh_of, trained
 
 if TYPE_CHECKING:
     from moe_param.parameterization import Parameterization

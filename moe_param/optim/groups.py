@@ -1,49 +1,24 @@
-"""Optimizer groups and the factory that `Trainer` calls."""
+"""Optimizer groups: which parameters share which numbers."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from moe_param.errors import MoeParamError
+from moe_param.optim.adam import DEFAULT_EPS, OptimizerError
 from moe_param.scaling.horizon import HorizonFactors, horizon_factors
 
 if TYPE_CHECKING:
     from moe_param.scaling.rules import Rule
 
-RATIO_BREAKING_SCHEDULES = ("reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy", "GreedyLR")
-"""Schedules that set learning rates by a floor or a probe per group, so that ratios between groups drift."""
-
 DECAYS = ("independent", "ema", "none")
 """Conventions of weight decay by name; see `param_groups`."""
 
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-class _Optional(TypedDict, total=False):
-    eps: float
-    weight_decay: float
-    decay: str
-    steps: int | None
-    base_steps: int | None
-    batch_ratio: float
-    tokens_ratio: float
-    betas: tuple[float, float] | None
-
-
-class BaseNumbers(_Optional):
-    """The keyword arguments of `param_groups`, for those that hand them on."""
-
-    lr: float
-
-
-class OptimizerError(MoeParamError):
-    """Groups that cannot be built for this model or with these numbers."""
 
 
 def plain_name(name: str) -> str:
@@ -54,8 +29,11 @@ def plain_name(name: str) -> str:
 def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter, Rule]]:
     """Name, parameter and rule of all that is optimized in `model`.
 
+    A parameter that has a rate and is frozen now is left out: training a part of a model is fine.
+
     Raises:
-        OptimizerError: a parameter without a rule, a rule without its parameter.
+        OptimizerError: a parameter without a rule, a rule without its parameter, or a parameter that requires a
+            gradient though its rule says that it is not trained (built frozen, unfrozen later).
     """
     found, unknown, seen = [], [], set()
     for full_name, parameter in model.named_parameters():
@@ -64,13 +42,20 @@ def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str
         seen.add(name)
         if rule is None:
             unknown.append(full_name)
-        elif parameter.requires_grad and rule.lr:
+        elif parameter.requires_grad:
             found.append((name, parameter, rule))
     missing = sorted(set(rules) - seen)
     if unknown or missing:
         raise OptimizerError(
             f"the model is not the one that was parameterized: no rule for {unknown[:5] or 'none'}, "
             f"no parameter for {missing[:5] or 'none'}"
+        )
+    thawed = [name for name, _, rule in found if not rule.lr]
+    if thawed:
+        raise OptimizerError(
+            f"no rate for {thawed[:5]}: the model's class builds {len(thawed)} parameters frozen, and now they require "
+            "a gradient. Freeze them again (requires_grad_(False)), or have the class build them trainable, which is "
+            "where apply looks"
         )
     return found
 
@@ -85,7 +70,7 @@ def param_groups(
     model: torch.nn.Module,
     *,
     lr: float,
-    eps: float = 1e-8,
+    eps: float = DEFAULT_EPS,
     weight_decay: float = 0.0,
     decay: str = "independent",
     steps: int | None = None,
@@ -99,7 +84,9 @@ def param_groups(
     Args:
         rules: name -> Rule. Names decide, so wrapped (DDP, compile) and sharded (FSDP2) models work.
         model: the model that is trained.
-        lr, eps, weight_decay, betas: the base model's numbers. Groups hold betas only where they are given.
+        lr, eps, weight_decay: the base model's numbers. ε is the paper's by default, not torch's 1e-8.
+        betas: the base's. Given, groups hold them, and those of the optimizer's constructor do not count; left out, the
+            constructor's do, which for torch are (0.9, 0.999) unless you say otherwise.
         decay: what of weight decay stays constant, in every group and at every scale: "independent": lr·λ, the
             shrinkage of a step. "ema": lr·λ·steps, the shrinkage of the run, whose inverse is the share of the run
             that weights average over (arXiv:2405.13698). "none": there is none, as in arXiv:2601.20205.
@@ -111,7 +98,7 @@ def param_groups(
         Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay` and, if given, `betas`.
 
     Raises:
-        OptimizerError: a trainable parameter without a rule, a rule without its parameter, numbers out of range.
+        OptimizerError: a model that is not the one parameterized (see `trained`), numbers out of range.
         HorizonError: ratios that the square root rules do not cover.
     """
     if not lr > 0 or not eps >= 0 or not weight_decay >= 0:
@@ -165,39 +152,3 @@ def _decay_factor(
             f"{steps / base_steps:g}: one of the four is wrong"
         )
     return base_steps / steps / horizon.lr
-
-
-def optimizer_factory(rules: Mapping[str, Rule], optimizer_class: type[torch.optim.Optimizer]) -> type:
-    """A class that `Trainer(optimizer_cls_and_kwargs=(factory, kwargs))` instantiates and calls with the model.
-
-    kwargs: `lr` (required) and the other arguments of `param_groups`, all of them the base's numbers, and whatever else
-    `optimizer_class` takes (fused, …). The model is the one being trained, so this works under FSDP2, where
-    `Trainer(optimizers=…)` is refused.
-    """
-    betas = inspect.signature(optimizer_class).parameters.get("betas")
-
-    class Factory:
-        def __call__(self, model: torch.nn.Module, **kwargs: Any) -> torch.optim.Optimizer:
-            numbers = {name: kwargs.pop(name) for name in BaseNumbers.__annotations__ if name in kwargs}
-            if betas is not None:
-                numbers.setdefault("betas", betas.default)
-            groups = param_groups(rules, model, **cast(BaseNumbers, numbers))
-            defaults = {name: numbers[name] for name in ("lr", "eps", "weight_decay") if name in numbers}
-            return optimizer_class(groups, **defaults, **kwargs)
-
-    Factory.__name__ = f"{optimizer_class.__name__}Factory"
-    return Factory
-
-
-def check_schedule(name: str) -> None:
-    """Refuses learning-rate schedules that would change the ratios between groups.
-
-    Raises:
-        OptimizerError: for ReduceLROnPlateau and Greedy, by the name transformers gives them.
-    """
-    name = str(getattr(name, "value", name))  # transformers' SchedulerType is an enum
-    if name in RATIO_BREAKING_SCHEDULES:
-        raise OptimizerError(
-            f"the schedule {name} sets each group's learning rate by itself, so the ratios between groups, which are "
-            "the parameterization, would drift: use a multiplicative schedule (constant, linear, cosine, wsd)"
-        )

@@ -6,6 +6,7 @@ import difflib
 import importlib.util
 import json
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -52,9 +53,7 @@ class ModelArguments:
     target_shape: dict[str, Any] | str | None = field(default=None, metadata={"help": "Another name of shape."})
     tuned_at: dict[str, Any] | str | None = field(
         default=None,
-        metadata={
-            "help": "The base's sizes where the hyperparameters were found, as moe_param.tuning.sweep writes them."
-        },
+        metadata={"help": "The base's sizes where the hyperparameters were found, as moe-param tune writes them."},
     )
     spec: str = field(default=DEFAULT_SPEC, metadata={"help": "Parameterization: a preset or a YAML file."})
     init_std: float | None = field(default=None, metadata={"help": "Base initialization std. Default: the config's."})
@@ -272,25 +271,39 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArgum
     first = ArgumentParser(add_help=False)
     first.add_argument("--config", help="YAML file with any of the arguments below.")
     known, rest = first.parse_known_args(argv)
-    types = (ModelArguments, DataArguments, PretrainArguments)
+    types = TRAINING_TYPES
     parser = HfArgumentParser(types, prog="moe-param train", parents=[first], allow_abbrev=False)
     names = [f.name for cls in types for f in fields(cls) if f.init]
     if known.config:
-        values = read_yaml(known.config)
-        for key in values:
-            if key not in names:
-                raise InputError(f"{known.config}: unknown key {key!r}{_nearest(key, names)}")
-        for one, other in ALTERNATIVES:  # the command line's choice of a unit takes the place of the file's
-            for given, replaced in ((one, other), (other, one)):
-                if any(text.split("=")[0] == f"--{given}" for text in rest):
-                    values.pop(replaced, None)
-        parser.set_defaults(**values)
+        parser.set_defaults(**file_defaults(known.config, rest))
     model_args, data_args, args, _, unknown = parser.parse_args_into_dataclasses(
         rest, look_for_args_file=False, return_remaining_strings=True
     )
     if unknown:
         raise InputError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), names)}")
     return model_args, data_args, args
+
+
+TRAINING_TYPES = (ModelArguments, DataArguments, PretrainArguments)
+
+
+def file_defaults(path: str, argv: Sequence[str]) -> dict[str, Any]:
+    """What a YAML file sets, less what the command line `argv` gives in another unit.
+
+    Raises:
+        TunedError: a file that cannot be read. InputError: an unknown key in it.
+    """
+    values = read_yaml(path)
+    names = [f.name for cls in TRAINING_TYPES for f in fields(cls) if f.init]
+    for key in values:
+        if key not in names:
+            raise InputError(f"{path}: unknown key {key!r}{_nearest(key, names)}")
+    typed = {text.split("=")[0].lstrip("-").replace("-", "_") for text in argv if text.startswith("--")}
+    for one, other in ALTERNATIVES:
+        for given, replaced in ((one, other), (other, one)):
+            if given in typed:
+                values.pop(replaced, None)
+    return values
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moe_param.errors import InputError
-from moe_param.training.report import finite, read_lines
-from moe_param.tuning.workers import die_with_parent
+from moe_param.errors import InputError, MoeParamError
+from moe_param.tuning.workers import ATTEMPTS, Died, Pool, Raised, sigterm_as_interrupt
+
+
+class RunError(MoeParamError):
+    """A run that cannot be done, or whose result cannot be kept."""
 
 
 def cores() -> int:
@@ -33,7 +35,7 @@ def run_all(
     workers: int,
     console: Console,
 ) -> dict[str, dict[str, Any]]:
-    """`work(job)` for every job that is not in the ledger, one thread each, expensive ones first.
+    """`work(job)` for every job that is not in the ledger, expensive ones first, each in a process of its own.
 
     Args:
         work: a function of a module (workers import it). Numbers in what it returns that are not finite come back
@@ -43,37 +45,96 @@ def run_all(
 
     Raises:
         InputError: the ledger holds a job of this name with other settings.
+        RunError: a job raised, its worker died three times, or the ledger was removed meanwhile.
+        KeyboardInterrupt: also for SIGTERM. Jobs under way are stopped.
     """
     ledger.parent.mkdir(parents=True, exist_ok=True)
     wanted = {name: json.loads(json.dumps(settings[name])) for name in jobs}
+    done = finished(ledger, wanted)
+    left = deque(sorted((name for name in jobs if name not in done), key=lambda name: -costs[name]))
+    ledger.touch()
+    from moe_param.training.report import finite
+
+    deaths: Counter[str] = Counter()
+    with (
+        _progress(console, done, len(jobs), sum(costs[name] for name in left)) as advance,
+        _pool(work, workers) as pool,
+    ):
+        while len(done) < len(jobs):
+            while left and pool.free:
+                name = left.popleft()
+                pool.start(name, jobs[name])
+            for name, answer in pool.answers(timeout=1.0):
+                if isinstance(answer, Died):
+                    deaths[name] += 1
+                    if answer.by_itself or deaths[name] == ATTEMPTS:
+                        raise RunError(_obituary(name, answer))
+                    left.appendleft(name)
+                    continue
+                if isinstance(answer, Raised):
+                    raise RunError(f"run {name}: {answer.text}")
+                done[name] = finite(answer)
+                _append(ledger, {"run": name, "settings": wanted[name], "result": done[name]}, len(done))
+                advance(costs[name])
+            if not ledger.exists():
+                raise RunError(_removed(ledger, len(done)))
+    return done
+
+
+def finished(ledger: Path, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results in the ledger that are wanted, by name. What a kill left of a line is cut off.
+
+    Raises:
+        InputError: one was made with other settings.
+    """
+    from moe_param.training.report import read_lines
+
     done: dict[str, dict[str, Any]] = {}
     for line in read_lines(ledger):
         name = line["run"]
-        if name in jobs:
+        if name in wanted:
             if line["settings"] != wanted[name]:
                 raise InputError(f"{ledger} holds {name} with other settings: take another --output_dir")
             done[name] = line["result"]
     if ledger.exists():  # a line that a kill cut short must not run into the next one
         os.truncate(ledger, ledger.read_bytes().rfind(b"\n") + 1)
-    left = sorted((name for name in jobs if name not in done), key=lambda name: -costs[name])
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers start; they are the parallelism
-    with (
-        Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start) as pool,
-        ledger.open("a", encoding="utf-8") as file,
-    ):
-        task = progress.add_task(f"{len(done)}/{len(jobs)} runs", total=sum(costs[name] for name in left))
-        pending = {pool.submit(work, jobs[name]): name for name in left}
-        for future in as_completed(pending):
-            name = pending[future]
-            done[name] = finite(future.result())
-            file.write(json.dumps({"run": name, "settings": wanted[name], "result": done[name]}) + "\n")
-            file.flush()
-            progress.update(task, advance=costs[name], description=f"{len(done)}/{len(jobs)} runs")
     return done
 
 
-def _start() -> None:
-    torch.set_num_threads(1)
-    die_with_parent()
+def _append(ledger: Path, line: Mapping[str, Any], done: int) -> None:
+    try:
+        with ledger.open("r+", encoding="utf-8") as file:  # never a new one
+            file.seek(0, os.SEEK_END)
+            file.write(json.dumps(line) + "\n")
+    except FileNotFoundError:
+        raise RunError(_removed(ledger, done)) from None
+
+
+def _removed(ledger: Path, done: int) -> str:
+    return f"{ledger} was removed while this command ran, and {done} finished runs with it: start again"
+
+
+def _obituary(name: str, death: Died) -> str:
+    if death.by_itself:
+        return f"run {name}: its process ended with exit code {death.exit_code}: what it said is above"
+    return f"run {name}: its process was killed {ATTEMPTS} times (out of memory?): try fewer --workers"
+
+
+@contextmanager
+def _pool(work: Callable[[Any], dict[str, Any]], workers: int) -> Iterator[Pool]:
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the workers start; they are the parallelism
+    pool = Pool(work, workers)
+    with sigterm_as_interrupt():
+        try:
+            yield pool
+        finally:
+            pool.stop()
+
+
+@contextmanager
+def _progress(console: Console, done: Mapping[str, Any], jobs: int, cost: float) -> Iterator[Callable[[float], None]]:
+    """A bar that counts runs and advances by what they cost."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{len(done)}/{jobs} runs", total=cost)
+        yield lambda cost: progress.update(task, advance=cost, description=f"{len(done)}/{jobs} runs")

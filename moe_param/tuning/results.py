@@ -1,4 +1,4 @@
-"""What a sweep found: the best point, the stable region, best.yaml, the picture, the tables."""
+"""What a search found: the best point, the stable region, tuned.yaml, the picture, the tables."""
 
 from __future__ import annotations
 
@@ -103,13 +103,13 @@ def split(point: Mapping[str, float]) -> tuple[float, float | None, dict[str, di
     return point["learning_rate"], point.get("init_std"), constants or None
 
 
-def write_best(path: Path, config: Mapping[str, Any], found: Found, command: str) -> None:
-    """`config` with what was found: a config of `moe_param.training.pretrain`, as it is."""
+def write_tuned(path: Path, config: Mapping[str, Any], found: Found, command: str) -> None:
+    """`config` with what was found: what transfer, train and `moe_param.apply` take as it is."""
     rate, std, constants = split(found.best)
     numbers = {"learning_rate": rate, "init_std": std, "constants": constants}
     header = (
         f"# Written by: {command}\n# Validation loss {found.loss:.4f} at the base. For a larger model: "
-        f"python -m moe_param.training.pretrain --config {path.name} --shape width=…\n"
+        f"moe-param train {path.name} --shape width=…\n"
     )
     document = {name: numbers.get(name, value) for name, value in config.items()}
     document = {name: value for name, value in document.items() if value is not None}

@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 import os
 import platform
-import signal
-import threading
 import time
 import uuid
 import zlib
@@ -23,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
@@ -35,13 +33,15 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from moe_param.errors import MoeParamError
 from moe_param.tuning.constants import Losses, Pass, Point, canonical, coordinate_pass, key_of
-from moe_param.tuning.workers import Evaluate, Run, Worker
+from moe_param.tuning.workers import ATTEMPTS, Died, Evaluate, Pool, Raised, sigterm_as_interrupt
 
 ANYWHERE = FloatDistribution(1e-30, 1e30, log=True)  # of a value that was chosen, not sampled
-ATTEMPTS = 3  # times that a run may cost its worker's life, or a trial its machine's
 DIVERGED: Losses = (math.inf,)
 LIVE = (TrialState.RUNNING, TrialState.COMPLETE)
 RETRIED = ("lost", "withdrawn", "error")
+
+
+Run = tuple[int, int]  # trial number, seed
 
 
 class SearchError(MoeParamError):
@@ -173,8 +173,10 @@ STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInter
 
 
 @contextmanager
-def storage_errors(url: str, *more: type[Exception]) -> Iterator[None]:
-    """What a storage can raise, in one line."""
+def storage_errors(url: str, *more: type[Exception], running: bool = False) -> Iterator[None]:
+    """What a storage can raise, in one line; of a study that is `running`, also that its file was removed."""
+    file = local_file(url) if running else None
+    more += (SearchError,) if file else ()
     try:
         yield
     except ModuleNotFoundError as error:
@@ -183,11 +185,25 @@ def storage_errors(url: str, *more: type[Exception]) -> Iterator[None]:
             "PostgreSQL"
         ) from error
     except STORAGE_ERRORS + more as error:
+        if file and not file.exists():
+            raise SearchError(
+                f"{file} was removed while the search ran, and all its trials with it: the same command starts afresh"
+            ) from error
+        if isinstance(error, SearchError):
+            raise
         reason = str(getattr(error, "orig", None) or error.__cause__ or error).strip().split("\n")[0]
         raise SearchError(
             f"storage {shown(url)} cannot be used: {reason}. Check the address and that the server runs; what is "
             "finished is kept, and the same command goes on from there"
         ) from error
+
+
+def local_file(url: str) -> Path | None:
+    """The file that a storage is; None of a server."""
+    scheme, _, path = url.partition(":")
+    if scheme == "journal":
+        return Path(path)
+    return Path(path.removeprefix("///")) if scheme == "sqlite" and path != "///:memory:" else None
 
 
 def shown(url: str) -> str:
@@ -247,12 +263,13 @@ class Search:
     heartbeat: float = 5.0  # seconds between two signs of life of this process
     grace: float = 60.0  # seconds without one after which another process's trials are taken over
     on_change: Callable[[int, int, str], None] = lambda done, expected, text: None
+    check: Callable[[], None] = lambda: None  # before every write: raises where the study is gone
 
     def __post_init__(self) -> None:
         self.owner = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._open: dict[int, _Open] = {}
         self._queue: deque[Run] = deque()
-        self._pool: list[Worker] = []
+        self._pool = Pool(self.evaluate, self.workers)
         self._seen: dict[str, tuple[Any, float]] = {}  # owner → its last sign of life, when we first saw that one
         self._beats, self._next_beat, self._next_look = 0, 0.0, 0.0
 
@@ -263,18 +280,18 @@ class Search:
             SearchError: a run that raised an exception.
             KeyboardInterrupt: also for SIGTERM; the trials under way are marked as withdrawn.
         """
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             try:
                 while self._step():
                     pass
             finally:
-                for worker in self._pool:
-                    worker.stop()
+                self._pool.stop()
                 for number in list(self._open):
                     self._fail(number, "withdrawn")
         return self.study.get_trials(deepcopy=False)
 
     def _step(self) -> bool:
+        self.check()
         now = time.monotonic()
         if now >= self._next_beat:
             self._beats, self._next_beat = self._beats + 1, now + self.heartbeat
@@ -283,15 +300,11 @@ class Search:
             self._next_look = now + min(1.0, self.heartbeat)
             if not self._look():
                 return False
-        while self._queue and (worker := self._idle()):
-            worker.run = self._queue.popleft()
-            with suppress(OSError):  # it died idle: `_collect` finds out
-                worker.connection.send((self._open[worker.run[0]].point, worker.run[1]))
-        busy = [worker for worker in self._pool if worker.run]
-        ready = wait([worker.connection for worker in busy], timeout=min(1.0, self.heartbeat))
-        for worker in busy:
-            if worker.connection in ready:
-                self._collect(worker)
+        while self._queue and self._pool.free:
+            number, seed = self._queue.popleft()
+            self._pool.start((number, seed), self._open[number].point, seed)
+        for (number, seed), answer in self._pool.answers(timeout=min(1.0, self.heartbeat)):
+            self._collect(number, seed, answer)
         return True
 
     def _look(self) -> bool:
@@ -302,7 +315,7 @@ class Search:
         self.on_change(len(results), self.strategy.expected(results), self._describe(trials))
         if not self.strategy.wanted(results):
             return False
-        while len(self._queue) < self.workers - sum(worker.run is not None for worker in self._pool):
+        while len(self._queue) < self._pool.free:
             if not self._claim():
                 break
         return True
@@ -368,43 +381,35 @@ class Search:
         return True
 
     # -- running --
-    def _idle(self) -> Worker | None:
-        for worker in self._pool:
-            if worker.run is None:
-                return worker
-        if len(self._pool) < self.workers:
-            self._pool.append(Worker(self.evaluate))
-            return self._pool[-1]
-        return None
-
-    def _collect(self, worker: Worker) -> None:
-        assert worker.run is not None
-        number, seed = worker.run
-        worker.run = None
+    def _collect(self, number: int, seed: int, answer: float | Raised | Died) -> None:
         entry = self._open.get(number)
-        try:
-            answer = worker.connection.recv()
-        except (EOFError, OSError):  # the worker died
-            self._pool.remove(worker)
-            worker.process.join()
-            if (code := worker.process.exitcode) and code > 0:  # not by a signal
-                raise SearchError(f"a worker process ended with exit code {code}: what it said is above") from None
-            if entry:
-                entry.deaths += 1
-                with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                    entry.trial.set_user_attr("worker_deaths", entry.deaths)
-                if entry.deaths < ATTEMPTS:
-                    self._queue.appendleft((number, seed))
-                else:
-                    self._fail(number, "gave up")
+        if isinstance(answer, Died):
+            self._mourn(number, seed, answer)
+        elif entry is None:  # given up, or a seed of a point that diverged already
             return
-        if entry is None:  # given up, or a seed of a point that diverged already
-            return
-        if isinstance(answer, str):
-            self._fail(number, "error", error=answer)
-            raise SearchError(f"trial {number} ({key_of(entry.point)}, seed {seed}): {answer}")
-        entry.losses[seed] = answer
-        diverged = not math.isfinite(answer)  # one seed decides, the others are not waited for
+        elif isinstance(answer, Raised):
+            self._fail(number, "error", error=answer.text)
+            raise SearchError(f"trial {number} ({key_of(entry.point)}, seed {seed}): {answer.text}")
+        else:
+            self._note(number, seed, entry, float(answer))
+
+    def _mourn(self, number: int, seed: int, death: Died) -> None:
+        """A worker died of this run: it is tried again, or its trial given up."""
+        if death.by_itself:
+            raise SearchError(f"a worker process ended with exit code {death.exit_code}: what it said is above")
+        if entry := self._open.get(number):
+            entry.deaths += 1
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                entry.trial.set_user_attr("worker_deaths", entry.deaths)
+            if entry.deaths < ATTEMPTS:
+                self._queue.appendleft((number, seed))
+            else:
+                self._fail(number, "gave up")
+
+    def _note(self, number: int, seed: int, entry: _Open, loss: float) -> None:
+        """One more loss of a trial, which may be its last."""
+        entry.losses[seed] = loss
+        diverged = not math.isfinite(loss)  # one seed decides, the others are not waited for
         if diverged or len(entry.losses) == len(self.seeds):
             value = math.inf if diverged else math.fsum(entry.losses.values()) / len(self.seeds)
             self._close(number)
@@ -416,6 +421,7 @@ class Search:
 
     def _tell(self, trial: Trial, value: float | None, **attributes: Any) -> None:
         self._next_look = 0.0
+        self.check()
         try:
             for name, attribute in attributes.items():
                 trial.set_user_attr(name, attribute)
@@ -440,20 +446,3 @@ class Search:
                 self._seen[owner] = (beat, now)
             elif now - self._seen[owner][1] > self.grace:
                 self._tell(Trial(self.study, trial._trial_id), None, reason="lost")
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Schedulers end jobs with SIGTERM: time to say which trials were not finished."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

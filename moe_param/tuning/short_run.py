@@ -19,7 +19,7 @@ from moe_param.errors import InputError
 from moe_param.training.arguments import ModelArguments, PretrainArguments, set_horizon
 from moe_param.training.data.loading import load_data
 from moe_param.training.data.packing import PackedDataset
-from moe_param.training.data.text import ByteTokenizer, DataArguments, stdlib_tokens
+from moe_param.training.data.text import ByteTokenizer, DataArguments, load_tokenizer, stdlib_tokens
 
 VALIDATION_BATCH = 32
 
@@ -62,7 +62,7 @@ class Outcome:
 def short_run(
     model: ModelArguments, data: DataArguments, training: PretrainArguments, base: PretrainedConfig
 ) -> ShortRun:
-    """The run that `moe_param.training.pretrain` would make of these arguments at `base`, in a plain loop.
+    """The run that `moe-param train` would make of these arguments at `base`, in a plain loop.
 
     Raises:
         InputError: clipping, another batch or horizon than the base's: short runs do not do these.
@@ -132,18 +132,45 @@ def _schedule(run: ShortRun, optimizer: torch.optim.Optimizer) -> torch.optim.lr
     )
 
 
-def train(run: ShortRun) -> Outcome:
-    """Train, validate."""
+def check_text(run: ShortRun) -> None:
+    """Reads the text as the workers will.
+
+    Raises:
+        InputError: a text that cannot be read, of more ids than the model has, or too short.
+    """
+    if run.data and run.data.get("streaming"):
+        raise InputError("short runs read their text up front: set streaming: false, or give train_files")
+    vocabulary = load_tokenizer((run.data or {}).get("tokenizer", "bytes")).vocab_size
+    known = config_from(run.config).get_text_config().vocab_size
+    if vocabulary > known:
+        raise InputError(f"the tokenizer has {vocabulary} ids, the model {known}: set overrides.vocab_size")
+    blocks_of(run)
+
+
+def blocks_of(run: ShortRun) -> tuple[PackedDataset, PackedDataset]:
+    """(training, held-out) blocks of a run's text.
+
+    Raises:
+        InputError: a text that cannot be read, or too short: no run sees a block twice.
+    """
     if run.data:
-        blocks = {"seq_len": run.seq_len, "validation_blocks": run.validation_blocks}
-        training, validation = _text(json.dumps(run.data | blocks))
+        sizes = {"seq_len": run.seq_len, "validation_blocks": run.validation_blocks}
+        training, validation = _text(json.dumps(run.data | sizes))
     else:
         training, validation = corpus(run.seq_len, run.validation_blocks)
     if run.steps * run.batch_size > len(training):
+        steps = len(training) // run.batch_size
         raise InputError(
-            f"{run.steps} steps of {run.batch_size} blocks need more than one epoch of the text ({len(training)} "
-            "blocks): fewer steps or a smaller batch"
+            f"{run.steps} steps of {run.batch_size} blocks need more than one epoch of the text, which has "
+            f"{len(training)} blocks of {run.seq_len} tokens: "
+            + (f"at most {steps} steps, or a smaller batch" if steps else "a smaller batch, or more text")
         )
+    return training, validation
+
+
+def train(run: ShortRun) -> Outcome:
+    """Train, validate."""
+    training, validation = blocks_of(run)
     transformers.set_seed(run.seed)
     model = AutoModelForCausalLM.from_config(config_from(run.config), experts_implementation="grouped_mm")
     parameterization = moe_param.apply(

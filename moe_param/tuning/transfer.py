@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, PretrainedConfig
@@ -106,6 +107,8 @@ def targets(base: PretrainedConfig, axes: list[str]) -> dict[str, PretrainedConf
 
 
 def work(run: ShortRun) -> dict[str, Any]:
+    """What a worker does: one run, in one thread."""
+    torch.set_num_threads(1)
     return asdict(train(run))
 
 

@@ -12,6 +12,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,18 @@ def configs(smallest: bool) -> dict[str, PretrainedConfig]:
         "vocab_size": 512,
         "use_cache": False,
     }
-    latent = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 32}
-    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    latent: dict[str, Any] = {
+        "kv_lora_rank": 64,
+        "q_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+    }
+    groups: dict[str, Any] = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+    gated: dict[str, Any] = {"num_experts": experts, "head_dim": width // 4, "norm_topk_prob": True}
     return {
         "native": DeepseekV3Config(n_routed_experts=experts, **groups, **latent, **same),
-        "injected": Qwen3MoeConfig(num_experts=experts, head_dim=width // 4, norm_topk_prob=True, **same),
+        "injected": Qwen3MoeConfig(**same, **gated),
     }
 
 
@@ -74,10 +82,10 @@ def bench(name: str, config: PretrainedConfig, device: str, smallest: bool, roun
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    measure: dict[str, Callable[[], float]] = {key: lambda key=key: timed(key) for key in models}
+    measure = {key: partial(timed, key) for key in models}
     compare(measure, 1 if smallest else 3)  # the first steps allocate
     seconds = compare(measure, rounds)
-    waits = {key: synchronizations(lambda key=key: step(key)) for key in models} if device == "cuda" else None
+    waits = {key: synchronizations(partial(step, key)) for key in models} if device == "cuda" else None
     return {
         "name": f"{name} bias, {device}",
         "target": TARGETS[device],

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,8 @@ def dense(layer: Layer) -> tuple[Forward, list[nn.Parameter]]:
     """The ceiling: a gated MLP of size top_k·expert_size, so of the same FLOPs for every token. No router weights."""
     size = layer.case.top_k * layer.case.expert_size
     with torch.device(layer.device):
-        up = nn.Linear(layer.case.width, 2 * size, bias=False, dtype=layer.dtype)
-        down = nn.Linear(size, layer.case.width, bias=False, dtype=layer.dtype)
+        up: Any = nn.Linear(layer.case.width, 2 * size, bias=False, dtype=layer.dtype)
+        down: Any = nn.Linear(size, layer.case.width, bias=False, dtype=layer.dtype)
 
     def forward() -> Tensor:
         gate, x = up(layer.x).chunk(2, dim=-1)
@@ -202,12 +203,13 @@ def dmoe(layer: Layer) -> tuple[Forward, list[nn.Parameter]]:
         bf16=True,
         device=torch.device(layer.device),
     )
-    module = ParallelDroplessMLP(arguments)
+    module: Any = ParallelDroplessMLP(arguments)
     with torch.no_grad():
-        gate, up = layer.module.gate_up_proj.chunk(2, dim=1)  # (E, F, H) each
+        experts: Any = layer.module
+        gate, up = experts.gate_up_proj.chunk(2, dim=1)  # (E, F, H) each
         module.mlp.w1.copy_(gate.reshape(-1, case.width))
         module.mlp.v1.copy_(up.reshape(-1, case.width))
-        module.mlp.w2.copy_(layer.module.down_proj.transpose(1, 2).reshape(-1, case.width))
+        module.mlp.w2.copy_(experts.down_proj.transpose(1, 2).reshape(-1, case.width))
 
     def forward() -> Tensor:
         return module(layer.x, None, layer.weights, layer.index)
@@ -259,7 +261,7 @@ def bench(case: Case, device: str, dtype: torch.dtype, rounds: int, without: Col
         details[name] = {"error": error, "peak_mib": round(peak / 2**20, 2)}
 
     runs = {**steps, **({NOISE: steps[DENSE]} if DENSE in steps else {})}
-    measure = {name: lambda step=step: timed(step, device) for name, step in runs.items()}
+    measure = {name: partial(timed, step, device) for name, step in runs.items()}
     compare(measure, 1)
     seconds = compare(measure, rounds)
     for name in steps:
@@ -507,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         shapes, tokens, rounds = [parse_shape("E4k2F32H64")], [32], 2
 
     torch.manual_seed(0)
-    cases = [Case(n, *shape, routing) for shape in shapes for n in tokens for routing in arguments.routing]
+    cases = [Case(n, e, k, f, h, routing) for e, k, f, h in shapes for n in tokens for routing in arguments.routing]
     results = finished(arguments.out, device, dtype) if arguments.resume else []
     seen = [case_of(result) for result in results]
     for case in cases:

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def base_of(target: MixtralConfig) -> moe_param.Shape:
     )
 
 
-def compare(measure: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def compare(measure: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds per name and round; every round runs all names, each time beginning with another one."""
     seconds: dict[str, list[float]] = {name: [] for name in measure}
     names = list(measure)
@@ -115,7 +116,7 @@ def bench_step(smallest: bool) -> list[dict[str, Any]]:
         optimizers[name].zero_grad()
         return time.perf_counter() - start
 
-    measure = {name: lambda name=name: step(name) for name in optimizers}
+    measure = {name: partial(step, name) for name in optimizers}
     compare(measure, 1 if smallest else 5)  # the first steps allocate
     seconds = compare(measure, rounds)
     details = {
@@ -219,8 +220,10 @@ def _apply_worker(smallest: bool, first: int) -> dict[str, float]:
 def _reinitialize(model: PreTrainedModel) -> None:
     """The initialization inside `from_config`, once more, on memory that is already there: that of torch's modules as
     they are constructed, then that of transformers."""
-    probe = model.get_output_embeddings().weight
+    head: Any = model.get_output_embeddings()
+    probe = head.weight
     value = probe[0, 0].item()
+    module: Any
     for module in model.modules():
         module._is_hf_initialized = False
         if type(module).__module__.startswith("torch.nn.") and hasattr(module, "reset_parameters"):
@@ -250,7 +253,7 @@ def bench_import(smallest: bool) -> list[dict[str, Any]]:
         "import, all names, own loop": (f"{LOOP}; {ALL}", LOOP),
         "import, all names, Trainer": (f"{TRAINER}; {ALL}", TRAINER),
     }
-    measure = {code: lambda code=code: _python(code) for pair in statements.values() for code in pair}
+    measure = {code: partial(_python, code) for pair in statements.values() for code in pair}
     if not smallest:
         compare(measure, 1)  # writes bytecode, fills the file cache
     seconds = compare(measure, 1 if smallest else 12)

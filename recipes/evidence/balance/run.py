@@ -26,11 +26,12 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from moe_param import LoadBalancer
 from moe_param.balancing.routing import checked, find_routes
+from moe_param.cli.parsing import parse
 from moe_param.training.data.packing import PackedDataset
 from moe_param.training.report import finite, hardware, versions
 from moe_param.tuning.ledger import cores, run_all
@@ -177,8 +178,9 @@ class Load:
     def auxiliary_loss(self) -> torch.Tensor:
         """The Switch loss as transformers computes it, from the logits of the last forward pass."""
         route = self.routes[0]
-        logits = tuple(self.logits[layer].flatten(0, -2) for layer in range(len(self.routes)))
-        return load_balancing_loss_func(logits, route.num_experts, route.top_k)
+        logits: Any = tuple(self.logits[layer].flatten(0, -2) for layer in range(len(self.routes)))
+        loss: Any = load_balancing_loss_func(logits, route.num_experts, route.top_k)
+        return loss
 
 
 def max_over_mean(counts: torch.Tensor) -> torch.Tensor:
@@ -335,9 +337,7 @@ def plot(results: list[dict[str, Any]], folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
-    (args,) = HfArgumentParser(
-        BalanceArguments, prog="python -m recipes.evidence.balance.run"
-    ).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (args,) = parse([BalanceArguments], argv, prog="python -m recipes.evidence.balance.run")
     start, output = time.perf_counter(), Path(args.output_dir)
     jobs = {"/".join(map(str, key)): (args, key) for key in itertools.product(args.families, ARMS, args.seeds)}
     console = Console()

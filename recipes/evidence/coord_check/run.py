@@ -62,7 +62,8 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
 
     model_class, config = tiny(family)
     base: Shape = measure(*trace_model(model_class, config))
-    started, found = time.monotonic(), {}
+    found: dict[str, Any] = {}
+    started = time.monotonic()
     for axis in AXES:
         for spec in SPECS:
             left = limit - (time.monotonic() - started)

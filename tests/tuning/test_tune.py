@@ -1,11 +1,12 @@
-"""`moe_param.tuning.sweep` from its command line to best.yaml; one real training, otherwise losses without cost."""
+"""`moe-param tune` from its command line to tuned.yaml; one real training, otherwise losses without cost."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import math
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ import yaml
 from transformers import AutoConfig
 
 from moe_param import TunedError
+from moe_param.cli.tune import command_of, main, read
 from moe_param.errors import InputError
+from moe_param.folder_lock import folder_lock
 from moe_param.training.arguments import build_configs, parse
 from moe_param.training.pretrain import USER_ERRORS
-from moe_param.tuning import sweep
+from moe_param.tuned import read_tuned
+from moe_param.tuning.base import overrides_of, read_base
 from moe_param.tuning.constants import key_of
 from moe_param.tuning.search import SearchError
 from moe_param.tuning.short_run import train
+from moe_param.tuning.tune import strategy_of, tune
 from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.tuning.surfaces import Bowl
 
@@ -51,12 +56,12 @@ def written(path: Path, **changes: Any) -> str:
 
 
 def run(config: str, output: Path, *flags: str, evaluate: Any = None) -> dict[str, Any]:
-    argv = ["--config", config, "--output_dir", str(output), "--heartbeat", "0.2", "--grace", "30", *flags]
-    return sweep.main(argv, evaluate)
+    argv = [config, "--output_dir", str(output), "--heartbeat", "0.2", "--grace", "30", *flags]
+    return tune(*read(argv), command=command_of(argv, None), evaluate=evaluate)
 
 
 def best(output: Path) -> dict[str, Any]:
-    return yaml.safe_load((output / "best.yaml").read_text())
+    return yaml.safe_load((output / "tuned.yaml").read_text())
 
 
 def test_real_training(config: str, tmp_path: Path) -> None:
@@ -67,8 +72,7 @@ def test_real_training(config: str, tmp_path: Path) -> None:
     assert record["statuses"] == {"complete": 2}
 
     # the same numbers as here, in this process, from what is documented
-    args, name, *rest = sweep.parse_all(["--config", config, "--log2_lrs", "-7"])
-    base = sweep.read_base(args, *rest, name)
+    base = read_base(*read([config, "--log2_lrs", "-7"]))
     for trial in record["trials"]:
         point = trial["point"]
         assert point == {"init_std": 0.05, "learning_rate": point["learning_rate"], "router.init": 4.0}
@@ -77,8 +81,8 @@ def test_real_training(config: str, tmp_path: Path) -> None:
     assert record["trials"][0]["loss"] != record["trials"][1]["loss"]
     assert train(replace(base.run, lr=point["learning_rate"])).validation_loss != trial["loss"]  # the constants matter
 
-    # best.yaml is a config of pretrain as it is, and of this base only
-    model, data, training = parse(["--config", str(output / "best.yaml")])
+    # tuned.yaml is a config of pretrain as it is, and of this base only
+    model, data, training = parse(["--config", str(output / "tuned.yaml")])
     built, target = build_configs(model)
     assert built.to_dict() == base.config.to_dict() and target.hidden_size == 16
     assert model.constants == {"router": {"init": 4.0}} and model.init_std == 0.05
@@ -87,7 +91,7 @@ def test_real_training(config: str, tmp_path: Path) -> None:
     assert (training.logging_steps, training.lr_scheduler_type, training.warmup_steps) == (3, "cosine", 0.25)
     assert best(output)["tuned_at"] == {"width": 16, "depth": 1, "num_experts": 4, "top_k": 2, "expert_size": 16}
     with pytest.raises(TunedError, match="tuned_at"):
-        build_configs(parse(["--config", str(output / "best.yaml"), "--base_shape", "width=32"])[0])
+        build_configs(parse(["--config", str(output / "tuned.yaml"), "--base_shape", "width=32"])[0])
 
 
 def test_grid(config: str, tmp_path: Path) -> None:
@@ -107,8 +111,8 @@ def test_grid(config: str, tmp_path: Path) -> None:
     low, high = (math.log2(rate) for rate in record["best"]["stable"])
     half_width = math.sqrt(0.01 * record["best"]["loss"] / bowl.curvature)  # where the parabola is 1% above
     assert -6 - low == pytest.approx(half_width, abs=0.05) and high + 6 == pytest.approx(half_width, abs=0.05)
-    assert (output / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((output / "sweep.json").read_text())["statuses"] == record["statuses"]
+    assert (output / "tune.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "tune.json").read_text())["statuses"] == record["statuses"]
     with pytest.raises(SearchError, match=r"made with training.steps = 6, this is 7"):
         run(config, output, *flags, "-7", "--max_steps", "7")
     with pytest.raises(SearchError, match=r"made with mode = 'grid', this is 'tpe'"):
@@ -116,7 +120,7 @@ def test_grid(config: str, tmp_path: Path) -> None:
 
 
 def test_coordinate(tmp_path: Path) -> None:
-    """From a best.yaml to a better one: a bad constant is put right, a good one kept, a useful one found."""
+    """From a tuned.yaml to a better one: a bad constant is put right, a good one kept, a useful one found."""
     constants = {"router": {"lr": 64.0}, "norm": {"lr": 0.25}}
     config = written(tmp_path / "config.yaml", constants=constants, init_std=0.03)
     bowl = Bowl({"norm.lr": 0.25, "expert_down.init": 1 / 16, "init_std": 0.03}, noise=0.005)
@@ -128,7 +132,7 @@ def test_coordinate(tmp_path: Path) -> None:
     accepted = {(j["coordinate"], j["factor"]) for j in record["best"]["judgements"] if j["accepted"]}
     assert accepted == {("router.lr", 0.25), ("expert_down.init", 0.25)}
     assert record["best"]["loss"] < record["best"]["start_loss"] - 0.5
-    assert (tmp_path / "out" / "sweep.png").exists()
+    assert (tmp_path / "out" / "tune.png").exists()
 
     flat = Bowl(noise=0.005, curvature=0.0)  # nothing to gain: nothing changes
     run(config, tmp_path / "flat", *flags, evaluate=flat)
@@ -140,12 +144,12 @@ def test_tpe(config: str, tmp_path: Path) -> None:
     record = run(config, tmp_path / "out", *flags, evaluate=Bowl())
     assert record["statuses"] == {"complete": 4}
     assert 2.0**-9 <= best(tmp_path / "out")["learning_rate"] <= 2.0**-5
-    assert (tmp_path / "out" / "sweep.png").exists()
+    assert (tmp_path / "out" / "tune.png").exists()
 
 
 def test_default_coordinates_are_those_that_exist(config: str) -> None:
-    args, name, *rest = sweep.parse_all(["--config", config, "--mode", "coordinate"])
-    coordinates = sweep.strategy_of(args, sweep.read_base(args, *rest, name)).coordinates  # type: ignore[union-attr]
+    args, *rest = read([config, "--mode", "coordinate"])
+    coordinates = strategy_of(args, read_base(args, *rest)).coordinates  # type: ignore[union-attr]
     assert "router.init" in coordinates and "norm.lr" in coordinates and "expert_down.lr" in coordinates
     assert "norm.init" not in coordinates and not [c for c in coordinates if c.startswith("shared_up")]
 
@@ -157,15 +161,16 @@ def test_everything_diverged(config: str, tmp_path: Path) -> None:
 
 def test_password_is_not_written_down() -> None:
     argv = ["--storage", "postgresql://me:secret@host/db"]
-    args, *_ = sweep.parse_all([*argv, "--model_type", "mixtral"])
-    assert "secret" not in sweep.command_of(argv, args) and "me:***@host/db" in sweep.command_of(argv, args)
+    args, *_ = read([*argv, "--model_type", "mixtral"])
+    command = command_of(argv, args.storage)
+    assert "secret" not in command and "me:***@host/db" in command
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--mode", "gird"], "mode is 'gird': expected one of grid, tpe, coordinate"),
-        (["--ladders", '{"rooter": {"lr": [1, 4]}}'], "ladders: no role 'rooter' in this model, which has embedding"),
+        (["--ladders", '{"rooter": {"lr": [1, 4]}}'], "ladders: no role 'rooter' in this model .did you mean 'router'"),
         (["--ladders", '{"shared_up": {"lr": [1, 4]}}'], "ladders: no role 'shared_up' in this model"),
         (["--ladders", '{"router": {"lr": []}}'], r"router.lr is \[\]: an empty ladder"),
         (["--ladders", '{"router": {"LR": [1]}}'], "router has 'LR', expected 'init' or 'lr'"),
@@ -177,16 +182,25 @@ def test_password_is_not_written_down() -> None:
         (["--mode", "coordinate", "--log2_lrs", "-7"], "log2_lrs is not for mode coordinate"),
         (["--mode", "tpe", "--log2_lrs", "-7"], "nothing to search"),
         (["--seeds", "0", "0"], "the same seed twice"),
+        (["--log2_lrs", "0.0078125"], r"log2_lrs: 0.0078125 would be a learning rate of .*did you mean -7\?"),
+        (["--log2_lrs", "-7", "8"], r"log2_lrs: 8 would be a learning rate of .*did you mean -8\?"),
+        (["--log2_lr", "-7"], r"unknown argument '--log2_lr' \(did you mean '--log2_lrs'\?\)"),
+        (
+            ["--max_steps", "1000000"],
+            r"one epoch of the text, which has \d+ blocks of 32 tokens: at most \d+ ",
+        ),
+        (["--overrides", json.dumps({**BYTE_MIXTRAL, "vocab_size": 200})], "the tokenizer has 256 ids, the model 200"),
+        (["--train_files", "nowhere.txt", "--mode", "gird"], "mode is 'gird'"),  # before the text is looked at
         (["--grace", "1"], "grace is 1.0: expected at least 10"),
         (["--max_grad_norm", "1"], "short runs do not clip"),
         (["--lr_scheduler_type", "reduce_lr_on_plateau"], "reduce_lr_on_plateau"),
         (["--storage", "postgresql://me:secret@127.0.0.1:1/x"], "cannot be used: .*refused"),
-        (["--leanring_rate", "1"], "unknown argument '--leanring_rate', did you mean 'learning_rate'"),
+        (["--leanring_rate", "1"], "unknown argument '--leanring_rate' .did you mean '--learning_rate'"),
     ],
 )
 def test_bad_input_is_one_line(config: str, tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises((*USER_ERRORS, SearchError), match=message) as error:
-        sweep.main(["--config", config, "--output_dir", str(tmp_path / "out"), *flags])
+        main([config, "--output_dir", str(tmp_path / "out"), *flags])
     assert "\n" not in str(error.value) and "secret" not in str(error.value)
 
 
@@ -201,15 +215,13 @@ def test_trials_train_as_the_config_says(tmp_path: Path) -> None:
     losses = []
     for changes in ({}, {"lr_scheduler_type": "constant"}, {"train_files": [str(text)], "max_steps": 6}):
         config = written(tmp_path / "config.yaml", **changes)
-        args, name, *rest = sweep.parse_all(["--config", config])
-        base = sweep.read_base(args, *rest, name)
+        base = read_base(*read([config]))
         losses.append(train(base.run).validation_loss)
         assert base.yaml.get("train_files") == changes.get("train_files")
     assert len(set(losses)) == 3
     with pytest.raises(InputError, match="streaming: false"):
         config = written(tmp_path / "config.yaml", train_files=[str(text)], streaming=True)
-        args, name, *rest = sweep.parse_all(["--config", config])
-        train(sweep.read_base(args, *rest, name).run)
+        main([config, "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("family", CORE)
@@ -217,5 +229,63 @@ def test_any_family_can_be_written_down(family: str) -> None:
     entry = FAMILIES[family]
     module = importlib.import_module(entry["module"].replace("modeling_", "configuration_"))
     config = getattr(module, entry["config_class"])(**entry["tiny_config"])
-    again = AutoConfig.for_model(config.model_type, **sweep.overrides_of(config))
+    again = AutoConfig.for_model(config.model_type, **overrides_of(config))
     assert again.to_dict() == config.to_dict()
+
+
+def test_the_file_says_all_that_its_numbers_depend_on(tmp_path: Path) -> None:
+    """Nothing is left to a default that may be another one where the file is used: epsilon, betas, decay, schedule."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(MODEL))  # all else is left to the defaults
+    run(str(config), tmp_path / "out", "--log2_lrs", "-7", "--seeds", "0", evaluate=Bowl())
+    numbers = best(tmp_path / "out")
+    there = read_base(*read([str(config)])).run
+    assert (numbers["adam_epsilon"], numbers["adam_beta1"], numbers["adam_beta2"]) == (there.eps, *there.betas)
+    assert (numbers["weight_decay"], numbers["decay"]) == (0.0, "independent")
+    assert (numbers["max_steps"], numbers["seq_len"], numbers["per_device_train_batch_size"]) == (
+        *(there.steps, there.seq_len, there.batch_size),
+    )
+    assert numbers["warmup_steps"] == there.warmup and numbers["lr_scheduler_type"] == there.schedule
+    assert numbers["spec"] == "moe-completep" and numbers["tokenizer"] == "bytes"
+
+    found = read_tuned(tmp_path / "out" / "tuned.yaml").numbers
+    assert found.adam_epsilon == there.eps == 1e-12 and found.learning_rate == 2.0**-7
+
+
+def test_one_search_on_a_folder(config: str, tmp_path: Path) -> None:
+    with (
+        folder_lock(tmp_path / "out", "another search"),
+        pytest.raises(InputError, match=r"out is in use .another search"),
+    ):
+        run(config, tmp_path / "out", "--seeds", "0", evaluate=Bowl())
+    storage = ["--storage", f"journal:{tmp_path / 'journal'}", "--seeds", "0", "--log2_lrs", "-7", "-6"]
+    with folder_lock(tmp_path / "out", "moe-param tune"):  # joining from another folder is what a storage is for
+        assert run(config, tmp_path / "other", *storage, evaluate=Bowl())["statuses"] == {"complete": 2}
+
+
+@dataclass(frozen=True)
+class Removes:
+    """A run during which the whole output folder goes away."""
+
+    folder: Path
+
+    def __call__(self, point: dict[str, float], seed: int) -> float:
+        shutil.rmtree(self.folder)
+        return 2.0
+
+
+def test_a_folder_that_is_removed_ends_the_search_with_the_truth(config: str, tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match=r"study.db was removed while the search ran, and all its trials with it"):
+        run(config, tmp_path / "out", "--seeds", "0", "--workers", "1", evaluate=Removes(tmp_path / "out"))
+    # with a storage elsewhere nothing is lost
+    storage = ["--storage", f"sqlite:///{tmp_path / 'study.db'}", "--seeds", "0", "--log2_lrs", "-7"]
+    record = run(config, tmp_path / "out", *storage, evaluate=Removes(tmp_path / "out"))
+    assert record["statuses"] == {"complete": 1} and best(tmp_path / "out")["learning_rate"] == 2.0**-7
+
+
+def test_the_config_is_read_wherever_it_stands(config: str) -> None:
+    for argv in ([config, "--seeds", "0"], ["--seeds", "0", "--config", config], ["--mode", "grid", config]):
+        _, model, _, training = read([*argv])
+        assert model.model_type == "mixtral" and training.max_steps == 6
+    _, _, _, training = read([config, "--tokens", "640"])  # in place of the file's max_steps
+    assert training.tokens == 640 and training.max_steps == -1 and training.output_dir == "tune"
