@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> None:
     """See `moe_param.tuning.transfer`."""
-    from moe_param.tuning.transfer import main as command
+    from moe_param.cli.parsing import parse
+    from moe_param.tuning.transfer import CONFIG, TransferArguments, transfer
 
-    command(list(argv))
+    (args,) = parse([TransferArguments], argv, prog="moe-param transfer", config=CONFIG)
+    transfer(args, command=shlex.join(["moe-param", "transfer", *argv]))

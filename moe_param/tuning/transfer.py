@@ -1,6 +1,6 @@
 """Do the numbers found at the base hold at the target?
 
-    python -m moe_param.tuning.transfer --config best.yaml --axes width=4 depth=4 --output_dir transfer
+    moe-param transfer runs/base/tuned.yaml --axes width=4 depth=4 --output_dir runs/transfer
 
 Trains a ladder of learning rates around the config's own at the base and at each target, on the same text and the same
 number of tokens, under several parameterizations. Reports per axis how far the best learning rate moved (octaves) and
@@ -12,43 +12,37 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shlex
-import statistics
-import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
-from transformers import HfArgumentParser, PretrainedConfig
+from transformers import PretrainedConfig
 
 import moe_param
+from moe_param import Parameterization
 from moe_param.errors import InputError
+from moe_param.folder_lock import folder_lock
 from moe_param.naming import parse_sizes
-from moe_param.statistics import half_width, parabola_vertex
 from moe_param.structure.shape import AXES, measure
 from moe_param.structure.trace import model_class_for, trace_model
-from moe_param.training import pretrain
+from moe_param.training.arguments import build_configs, parse
 from moe_param.training.report import active_parameters, finite, hardware, versions
+from moe_param.tuning.drift import Ladder, Run, plot, summarize, table
 from moe_param.tuning.ledger import cores, run_all
-from moe_param.tuning.short_run import ShortRun, short_run, train
+from moe_param.tuning.short_run import ShortRun, check_text, short_run, train
 
-DRIFT, REGRET = 0.5, 0.01
-"""What counts as transferred: the optimum within half an octave, at most 1% of the loss given up."""
+CONFIG = "tuned.yaml of `moe-param tune`, or any YAML file of `moe-param train`: model, text, horizon, learning rate."
 
 
 @dataclass
 class TransferArguments:
-    config: str = field(
-        metadata={
-            "help": "best.yaml of moe_param.tuning.sweep, or any config of moe_param.training.pretrain: model, "
-            "spec, learning rate."
-        }
-    )
+    """What `moe-param transfer` can be told. Model, text and horizon are the file's."""
+
+    config: str = field(metadata={"help": CONFIG})
     output_dir: str = field(default="transfer", metadata={"help": "Where transfer.json and transfer.png go."})
     axes: list[str] = field(
         default_factory=lambda: ["width=4", "depth=4", "num_experts=4", "expert_size=4"],
@@ -76,24 +70,37 @@ class TransferArguments:
             raise InputError(
                 f"octaves are {self.octaves}: a ladder needs three rungs, 0 (the config's rate) among them"
             )
+        for name in ("axes", "specs", "seeds"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty: give at least one, or leave it out")
+        if self.workers < 0:
+            raise InputError(f"workers is {self.workers}: expected at least 1, or 0 for one per core")
+        self.axes, self.specs = list(dict.fromkeys(self.axes)), list(dict.fromkeys(self.specs))
         self.workers = self.workers or cores()
+
+    @property
+    def ladder(self) -> Ladder:
+        """What is to be run."""
+        return Ladder(tuple(self.specs), tuple(self.axes), tuple(self.octaves), tuple(self.seeds))
 
 
 @dataclass(frozen=True)
-class Run:
-    """One rung of one ladder."""
+class Plan:
+    """Everything that is to be run, checked before the first run."""
 
-    spec: str
-    target: str  # "base", or as on the command line
-    octave: float
-    seed: int
+    runs: dict[Run, ShortRun]
+    costs: dict[str, int]  # active parameters of the base and every target
+    shared: set[str]  # specs that are the first one at the base, which is run once
+    learning_rate: float
 
     @property
-    def key(self) -> str:
-        return f"{self.spec}/{self.target}/{self.octave:g}/{self.seed}"
+    def tokens(self) -> int:
+        """Of one run."""
+        run = next(iter(self.runs.values()))
+        return run.steps * run.batch_size * run.seq_len
 
 
-def targets(base: PretrainedConfig, axes: list[str]) -> dict[str, PretrainedConfig]:
+def targets(base: PretrainedConfig, axes: Sequence[str]) -> dict[str, PretrainedConfig]:
     """The base and every target, by name."""
     shape = measure(*trace_model(model_class_for(base), base))
     found = {"base": base}
@@ -106,162 +113,52 @@ def targets(base: PretrainedConfig, axes: list[str]) -> dict[str, PretrainedConf
     return found
 
 
+def plan_runs(args: TransferArguments) -> Plan:
+    """Reads the file, builds every target's plan under every spec.
+
+    Raises:
+        MoeParamError: whatever is wrong with the file, the axes or the specs.
+    """
+    small = ["--max_steps", "3", "--per_device_train_batch_size", "2"] if args.smallest else []
+    model, data, training = parse(["--config", args.config, "--output_dir", args.output_dir, *small])
+    base, _ = build_configs(model)
+    template = short_run(model, data, training, base)
+    if args.smallest:
+        template = replace(template, validation_blocks=8)
+    configs = targets(base, args.axes)
+    plans = {
+        (spec, name): moe_param.plan(
+            model_class_for(base),
+            config,
+            base,
+            spec=spec,
+            init_std=template.init_std,
+            constants=template.constants,
+        )
+        for spec, (name, config) in itertools.product(args.specs, configs.items())
+    }
+    first = args.specs[0]
+    shared = {spec for spec in args.specs[1:] if numbers(plans[spec, "base"]) == numbers(plans[first, "base"])}
+    runs = {
+        Run(spec, target, octave, seed): replace(
+            template, config=configs[target].to_dict(), spec=spec, lr=template.lr * 2.0**octave, seed=seed
+        )
+        for spec, target, octave, seed in itertools.product(args.specs, configs, args.octaves, args.seeds)
+        if not (target == "base" and spec in shared)
+    }
+    costs = {name: active_parameters(plans[first, name])[1] for name in configs}
+    return Plan(runs, costs, shared, template.lr)
+
+
+def numbers(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
+    """All that the training of a model takes from its rules."""
+    return {name: (rule.init, rule.lr, rule.eps, rule.weight_decay) for name, rule in plan.rules.items()}
+
+
 def work(run: ShortRun) -> dict[str, Any]:
     """What a worker does: one run, in one thread."""
     torch.set_num_threads(1)
     return asdict(train(run))
-
-
-def vertex(octaves: list[float], losses: list[float]) -> float:
-    """Of the parabola through the best rung and its neighbours; the best rung itself at an end of the ladder."""
-    best = int(np.argmin(losses))
-    near = slice(max(0, best - 1), best + 2)
-    x, y = np.array(octaves[near]), np.array(losses[near])
-    if not np.isfinite(losses[best]):
-        return math.nan
-    if len(x) == 3 and np.isfinite(y).all():
-        lowest = parabola_vertex(x, y)
-        if lowest is not None:  # not three equal losses
-            return float(np.clip(lowest, x[0], x[-1]))
-    return float(octaves[best])
-
-
-def summarize(args: TransferArguments, losses: dict[Run, float]) -> list[dict[str, Any]]:
-    """Per spec and axis: where the best rate of base and target is, how far it moved, what keeping the base's costs."""
-
-    def curve(spec: str, target: str, seed: int) -> list[float]:
-        return [losses[Run(spec, target, octave, seed)] for octave in args.octaves]
-
-    def mean_curve(spec: str, target: str) -> np.ndarray:
-        return np.mean([curve(spec, target, seed) for seed in args.seeds], axis=0)  # inf if a seed diverged
-
-    rows = []
-    for spec, target in itertools.product(args.specs, args.axes):
-        at_base, at_target = mean_curve(spec, "base"), mean_curve(spec, target)
-        kept = int(np.argmin(at_base))  # what a user who swept the base would take
-        best = int(np.argmin(at_target))
-        # paired: a seed has the same batches at base and target
-        drifts = [
-            vertex(args.octaves, curve(spec, target, seed)) - vertex(args.octaves, curve(spec, "base", seed))
-            for seed in args.seeds
-        ]
-        drift = statistics.mean(drifts)
-        regret = (at_target[kept] - at_target[best]) / at_target[best] if np.isfinite(at_target[best]) else math.inf
-        rows.append(
-            {
-                "spec": spec,
-                "target": target,
-                "losses": {"base": at_base.tolist(), "target": at_target.tolist()},
-                "spread": {
-                    name: [
-                        statistics.stdev(column) if len(column) > 1 and np.isfinite(column).all() else 0.0
-                        for column in zip(*(curve(spec, where, seed) for seed in args.seeds))
-                    ]
-                    for name, where in (("base", "base"), ("target", target))
-                },
-                "optimum": {
-                    "base": vertex(args.octaves, at_base.tolist()),
-                    "target": vertex(args.octaves, at_target.tolist()),
-                },
-                "drift_octaves": drift,
-                "drift_interval": half_width(drifts),
-                "drift_of_seeds": drifts,
-                "regret": regret,
-                "best_loss": float(at_target[best]),
-                "at_edge": [
-                    name for name, at in (("base", kept), ("target", best)) if at in (0, len(args.octaves) - 1)
-                ],
-                # an optimum at the ladder's end may lie beyond it
-                "transferred": bool(abs(drift) <= DRIFT and regret <= REGRET)
-                and 0 < kept < len(args.octaves) - 1
-                and 0 < best < len(args.octaves) - 1,
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    edge = "; * an optimum at the end of the ladder: give more --octaves" if any(row["at_edge"] for row in rows) else ""
-    found = Table(
-        title="Best learning rate: drift from base to target (octaves, 95% interval), regret of keeping the base's",
-        caption=f"transfers: drift ≤ {DRIFT} and regret ≤ {REGRET:.0%}{edge}",
-    )
-    for heading in ("target", "spec"):
-        found.add_column(heading, overflow="fold")
-    for heading in ("drift", "regret", "best loss", "transfers"):
-        found.add_column(heading, no_wrap=True)
-    for row in sorted(rows, key=lambda row: row["target"]):
-        half = "" if row["drift_interval"] is None else f" ± {row['drift_interval']:.2f}"
-        found.add_row(
-            row["target"],
-            row["spec"],
-            f"{row['drift_octaves']:+.2f}{half}{' *' if row['at_edge'] else ''}",
-            f"{row['regret']:.2%}",
-            f"{row['best_loss']:.4f}",
-            "yes" if row["transferred"] else "no",
-        )
-    return found
-
-
-def plot(args: TransferArguments, rows: list[dict[str, Any]], lr: float, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.4 * len(args.axes), 3.0 * len(args.specs)), layout="constrained")
-    panels = figure.subplots(len(args.specs), len(args.axes), squeeze=False, sharex=True, sharey="col")
-    found = {(row["spec"], row["target"]): row for row in rows}
-    rates = [lr * 2.0**octave for octave in args.octaves]
-    for (i, spec), (j, target) in itertools.product(enumerate(args.specs), enumerate(args.axes)):
-        axes, row = panels[i][j], found[spec, target]
-        for name, colour in (("base", "tab:blue"), ("target", "tab:orange")):
-            losses = np.array(row["losses"][name])
-            label = "base" if name == "base" else target
-            axes.errorbar(rates, losses, row["spread"][name], fmt="o-", ms=3, color=colour, label=label, capsize=2)
-            axes.axvline(lr * 2.0 ** row["optimum"][name], color=colour, linestyle=":")
-        low = min([*row["losses"]["base"], *row["losses"]["target"]])
-        if math.isfinite(low):  # what diverges may leave the picture
-            axes.set_ylim(top=min(axes.get_ylim()[1], low * 1.35))
-        axes.set_xscale("log", base=2)
-        axes.set_title(f"{spec}\ndrift {row['drift_octaves']:+.2f}, regret {row['regret']:.1%}", fontsize=9)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    for axes in panels[-1]:
-        axes.set_xlabel("learning rate")
-    for line in panels:
-        line[0].set_ylabel("validation loss")
-    figure.savefig(path, dpi=120)
-
-
-def jobs(args: TransferArguments, read: tuple[Any, Any, Any]) -> tuple[dict[Run, ShortRun], dict[str, int], set[str]]:
-    """(every run, active parameters of every target, specs that are the first one at the base)."""
-    base, _ = pretrain.build_configs(read[0])
-    configs = targets(base, args.axes)
-    model_class = model_class_for(base)
-    plans = {spec: moe_param.plan(model_class, base, base, spec=spec) for spec in args.specs}
-    numbers = {
-        spec: {name: (rule.init, rule.lr, rule.eps, rule.weight_decay) for name, rule in plan.rules.items()}
-        for spec, plan in plans.items()
-    }
-    shared = {spec for spec in args.specs[1:] if numbers[spec] == numbers[args.specs[0]]}
-    runs = [
-        Run(spec, target, octave, seed)
-        for spec, target, octave, seed in itertools.product(args.specs, configs, args.octaves, args.seeds)
-        if not (target == "base" and spec in shared)
-    ]
-    costs = {name: active_parameters(moe_param.plan(model_class, config, base))[1] for name, config in configs.items()}
-    template = short_run(*read, base)
-    if args.smallest:
-        template = replace(template, validation_blocks=8)
-    found = {
-        run: replace(
-            template,
-            config=configs[run.target].to_dict(),
-            spec=run.spec,
-            lr=template.lr * 2.0**run.octave,
-            seed=run.seed,
-        )
-        for run in runs
-    }
-    return found, costs, shared
 
 
 def at_base(losses: dict[Run, float], first: str, shared: set[str]) -> dict[Run, float]:
@@ -278,51 +175,56 @@ def _loss(result: dict[str, Any]) -> float:
     return math.inf if result["validation_loss"] is None else result["validation_loss"]
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    argv = sys.argv[1:] if argv is None else argv
-    (args,) = HfArgumentParser(TransferArguments, prog="moe-param transfer").parse_args_into_dataclasses(
-        argv, look_for_args_file=False
-    )
-    small = ["--max_steps", "3", "--per_device_train_batch_size", "2"] if args.smallest else []
-    read = pretrain.parse(["--config", args.config, "--output_dir", args.output_dir, *small])
+def transfer(args: TransferArguments, *, command: str) -> dict[str, Any]:
+    """Runs the ladders and writes transfer.json and transfer.png to the output folder; returns the former.
+
+    Args:
+        command: what was typed, for the record.
+
+    Raises:
+        MoeParamError: before the first run, whatever is wrong with the arguments or the text; an output folder in use
+            or of other settings; a run that cannot be done.
+    """
     console, start = Console(), time.perf_counter()
-    runs, costs, shared = jobs(args, read)
-    output = Path(args.output_dir)
-    done = run_all(
-        work,
-        {run.key: job for run, job in runs.items()},
-        output / "runs.jsonl",
-        settings={run.key: asdict(job) for run, job in runs.items()},
-        costs={run.key: costs[run.target] for run in runs},
-        workers=args.workers,
-        console=console,
-    )
-    losses = {run: _loss(done[run.key]) for run in runs}
-    rows = summarize(args, losses | at_base(losses, args.specs[0], shared))
-    first = next(iter(runs.values()))
-    record = {
-        "command": shlex.join(["python", "-m", "moe_param.tuning.transfer", *argv]),
-        "settings": asdict(args),
-        "learning_rate": read[2].learning_rate,
-        "tokens": first.steps * first.batch_size * first.seq_len,
-        "active_parameters": costs,
-        "base_runs_shared": sorted(shared),
-        "summary": rows,
-        "runs": {name: result["validation_loss"] for name, result in sorted(done.items())},
-        "training_seconds": round(sum(result["seconds"] for result in done.values())),
-        "seconds": round(time.perf_counter() - start, 1),
-        "hardware": hardware(),
-        "versions": versions(),
-    }
-    (output / "transfer.json").write_text(json.dumps(finite(record), indent=1) + "\n", "utf-8")
-    plot(args, rows, read[2].learning_rate, output / "transfer.png")
+    plan, output = plan_runs(args), Path(args.output_dir)
+    check_text(next(iter(plan.runs.values())))
+    with folder_lock(output, "moe-param transfer"):
+        done = run_all(
+            work,
+            {run.key: job for run, job in plan.runs.items()},
+            output / "runs.jsonl",
+            settings={run.key: asdict(job) for run, job in plan.runs.items()},
+            costs={run.key: plan.costs[run.target] for run in plan.runs},
+            workers=args.workers,
+            console=console,
+        )
+        losses = {run: _loss(done[run.key]) for run in plan.runs}
+        rows = summarize(args.ladder, losses | at_base(losses, args.specs[0], plan.shared))
+        record = {
+            **record_of(args, plan, done, command),
+            "summary": rows,
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+        (output / "transfer.json").write_text(json.dumps(finite(record), indent=1) + "\n", "utf-8")
+        plot(args.ladder, rows, plan.learning_rate, output / "transfer.png")
     console.print(table(rows))
     console.print(f"numbers in {output / 'transfer.json'}, picture in {output / 'transfer.png'}")
     return record
 
 
-if __name__ == "__main__":
-    try:
-        main()
-    except pretrain.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+def record_of(
+    args: TransferArguments, plan: Plan, done: Mapping[str, Mapping[str, Any]], command: str
+) -> dict[str, Any]:
+    """What was asked for, what every run gave, and where it ran."""
+    return {
+        "command": command,
+        "settings": asdict(args),
+        "learning_rate": plan.learning_rate,
+        "tokens": plan.tokens,
+        "active_parameters": plan.costs,
+        "base_runs_shared": sorted(plan.shared),
+        "runs": {name: result["validation_loss"] for name, result in sorted(done.items())},
+        "training_seconds": round(sum(result["seconds"] for result in done.values())),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
