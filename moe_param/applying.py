@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,17 +13,17 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.balancing.selection import require_selection_biases
-from moe_param.init import check_writable, initialize
+from moe_param.fresh import departure, loaded
+from moe_param.init import prepare
 from moe_param.parameterization import Parameterization
-from moe_param.record import check_shapes
-from moe_param.scaling.rules import ParameterizationError, derive_rules
+from moe_param.record import check_plain, check_shapes
+from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.structure.roles import read_structure
 from moe_param.structure.scaling_config import scale_config
 from moe_param.structure.shape import Shape, ShapeError
+from moe_param.structure.trace import trace_model
 from moe_param.tuned import Tuned, read_tuned
-
-logger = logging.getLogger(__name__)
 
 
 def plan(
@@ -92,8 +91,9 @@ def apply(
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
-    reinit: bool = True,
-    experts: str | None = "auto",
+    reinit: bool | None = None,
+    folds: bool | None = None,
+    experts: str | None = None,
     allow_sparsity_change: bool = False,
 ) -> Parameterization:
     """Rewrites the initialization of `model` in place and returns the rules of its parameters.
@@ -113,9 +113,17 @@ def apply(
         constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
         seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device
             or the sharding. Default: drawn from torch's global generator (give one where ranks must agree).
-        reinit: False leaves the weights alone (continued training, a loaded checkpoint) and gives only the rates.
+        reinit: True writes new weights. False leaves them alone (continued training) and gives only the rates. By
+            default new weights are written where the model was just built; one that was loaded or trained is an error,
+            and so is one initialized by other code. What tells them is in `moe_param.fresh`, with its limits.
+        folds: for reinit=False. The rates are for weights that carry the folded multipliers, as those do that were
+            initialized by the rules. Weights that do not are 1/a times larger than the rules think, where a multiplier
+            a was folded. False gives rates for those: the learning rate is divided by a, so that a step has the size
+            relative to the weights that the rules mean, weight decay is multiplied by a, and epsilon stays, because
+            gradients do not depend on the size of the weights they are for. No theory says how such a run transfers.
+            True takes the folded rates; the default does too, with a warning where the model has no record of folds.
         experts: an implementation for transformers' experts interface; "auto" takes "megablocks" where it is usable
-            on the model's device and otherwise leaves transformers' choice; None leaves it without a word.
+            on the model's device and otherwise leaves transformers' choice, as None does.
         allow_sparsity_change: warn instead of raising where top_k / num_experts differs from the base.
 
     Returns:
@@ -126,22 +134,16 @@ def apply(
         RoleError: parameters without a role, all of them listed.
         ShapeError: sizes that contradict the model or do not divide.
         SpecError: an invalid scaling table.
-        WeightsError: meta weights.
+        WeightsError: meta weights, or a parameter that transformers itself never initializes.
         BalanceError: a model loaded without the selection biases its config names (`load_selection_biases`).
-        ParameterizationError: a model already parameterized or quantized, another architecture than the base, another
-            sparsity, a multiplier without a place to go, NaN or negative constants, numbers that contradict a file.
+        ParameterizationError: a model already parameterized, loaded, quantized, compiled or wrapped, another
+            architecture than the base, another sparsity, a multiplier without a place to go, NaN or negative
+            constants, numbers that contradict a file, an unknown experts implementation.
         TunedError: a file of tuned numbers that cannot be read or is not for its base.
-        In every case the model is left as it was.
+        In every case the model is left as it was: all that can fail happens before the first weight is written.
     """
+    check_plain(model)
     require_selection_biases(model)
-    if reinit and _is_parameterized(model):
-        raise ParameterizationError(
-            f"{type(model).__name__} is already parameterized (config.moe_param is set): read its rules with "
-            "Parameterization.from_model(model), or pass reinit=False to replace the rates and keep the weights. "
-            "Where the weights are new and only the config was loaded, delete config.moe_param first."
-        )
-    if seed is None and reinit:
-        seed = int(torch.randint(2**31, (), device="cpu").item())
     parameterization = plan(
         type(model),
         model.config,
@@ -155,25 +157,75 @@ def apply(
     )
     shapes = {name: rule.shape for name, rule in parameterization.rules.items()}
     check_shapes(shapes, model, "its config builds")
+    write = _reinit(model, reinit)
+    if write and folds is not None:
+        raise ParameterizationError(f"folds={folds} chooses the rates of weights that are kept: pass reinit=False")
+    if write:
+        seed = int(torch.randint(2**31, (), device="cpu").item()) if seed is None else seed
+        parameterization = replace(parameterization, seed=seed)
+    else:
+        parameterization = replace(parameterization, seed=None, rules=_rates(model, parameterization.rules, folds))
+    record, rules = parameterization.to_dict(), parameterization.rules
     backend = _choose_experts(model, experts)
-    if reinit:
+    initialize = None
+    if write:
         assert seed is not None
-        check_writable(model)
-        initialize(model, {name: (rule.init, rule.padding) for name, rule in parameterization.rules.items()}, seed)
+        initialize = prepare(model, {name: (rule.init, rule.padding) for name, rule in rules.items()}, seed)
     if backend is not None:
-        model.set_experts_implementation(backend)
-    model.config.moe_param = parameterization.to_dict()
+        _set_experts(model, backend)
+    if initialize is not None:
+        initialize()
+    model.config.moe_param = record
     model._moe_param = True  # type: ignore[assignment]
     return parameterization
 
 
-def _is_parameterized(model: PreTrainedModel) -> bool:
-    """By this process (the model is marked), or by the one that saved what it was loaded from.
+def _reinit(model: PreTrainedModel, reinit: bool | None) -> bool:
+    """Whether weights are to be written; where it was not said, only over those that were just built.
 
-    The record in the config alone does not tell: models built from one config object share it.
+    A record in the config does not tell by itself: models built from one config object share it.
     """
-    recorded = getattr(model.config, "moe_param", None) is not None
-    return getattr(model, "_moe_param", False) or (recorded and bool(model.config.name_or_path))
+    if reinit is not None:
+        return reinit
+    name, recorded = loaded(model), getattr(model.config, "moe_param", None) is not None
+    if getattr(model, "_moe_param", False) or (recorded and name):
+        found = "is already parameterized (config.moe_param is set; Parameterization.from_model reads its rules)"
+    elif name:
+        found = f"holds loaded weights ({name} is from a checkpoint)"
+    elif departs := departure(model, trace_model(type(model), model.config)[1].laws):
+        found = f"holds weights that are not as transformers builds them ({departs})"
+    else:
+        return True
+    raise ParameterizationError(
+        f"{type(model).__name__} {found}: pass reinit=False to keep its weights and take the rates, or reinit=True to "
+        "write new weights over them"
+    )
+
+
+def _rates(model: PreTrainedModel, rules: dict[str, Rule], folds: bool | None) -> dict[str, Rule]:
+    """The rules for weights that are kept; without folds where those are not wanted."""
+    if folds is False:
+        return {
+            name: replace(
+                rule,
+                lr=rule.lr / rule.multiplier,
+                weight_decay=rule.weight_decay * rule.multiplier,
+                multiplier=1.0,
+                folded=(),
+            )
+            for name, rule in rules.items()
+        }
+    folded = next((name for name, rule in rules.items() if rule.folded), None)
+    carried = any(entry["folded"] for entry in (getattr(model.config, "moe_param", None) or {}).get("rules", ()))
+    empty = any(p.is_meta for p in model.parameters())  # whatever comes to stand there
+    if folds is None and folded and not carried and not empty:
+        warnings.warn(
+            f"nothing says that the weights of {type(model).__name__} were trained under the parameterization: its "
+            f"rates are for weights that carry the folded multipliers ({folded}: {rules[folded].multiplier:.3g}). Pass "
+            "folds=False for the rates without them, or folds=True where the weights do carry them.",
+            stacklevel=3,
+        )
+    return rules
 
 
 def _tuned(path: str | Path, **given: Any) -> Tuned:
@@ -193,34 +245,33 @@ def _same(name: str, given: Any, recorded: Any) -> bool:
 
 
 def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
+    """The implementation to set, None for none; only looks."""
     if experts is None:
         return None
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     from moe_param.experts.megablocks import is_available
 
-    if experts != "auto":
-        if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
-            valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
-            raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
-        return experts
-    if model.device.type == "cuda" and is_available():
-        return "megablocks"
-    reason = "it is not installed" if model.device.type == "cuda" else f"it does not run on {model.device.type}"
-    _say_once(
-        f"experts='auto': no megablocks, {reason}; transformers' own experts implementation "
-        f"({model.config._experts_implementation}) stays"
-    )
-    return None
+    if experts == "auto":
+        return "megablocks" if model.device.type == "cuda" and is_available() else None
+    if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
+        valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
+        raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
+    return experts
 
 
-_said: set[str] = set()
-
-
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
+def _set_experts(model: PreTrainedModel, backend: str) -> None:
+    """transformers may refuse an implementation it knows; then every part has the one it had."""
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}.values()
+    before = [(config, config._experts_implementation_internal) for config in configs]
+    try:
+        model.set_experts_implementation(backend)
+    except Exception as error:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
+        raise ParameterizationError(
+            f"transformers cannot set the experts implementation {backend!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,7 +20,8 @@ from moe_param.structure.laws import InitLaw
 BLOCK = 2**20
 """Numbers drawn per seed, at most: whole rows of dim 0, so that a shard or another thread draws only what it needs."""
 
-_RANDOM = ("normal", "uniform", "trunc_normal")
+RANDOM = ("normal", "uniform", "trunc_normal")
+"""Laws that are drawn here; constants are written, and "special" ones are transformers' own code."""
 
 
 class WeightsError(MoeParamError):
@@ -28,7 +29,7 @@ class WeightsError(MoeParamError):
 
 
 def check_writable(model: PreTrainedModel) -> None:
-    """Raises WeightsError where a parameter has no values to write, naming all of them."""
+    """Raises WeightsError where a parameter has no values to write, naming the first."""
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta:
         raise WeightsError(
@@ -42,27 +43,44 @@ def check_writable(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | None]], seed: int) -> None:
-    """Writes every parameter of `model` in place.
+def prepare(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | None]], seed: int) -> Callable[[], None]:
+    """Does all that can fail in initializing `model`; what it returns then writes every parameter in place.
 
     Args:
         model: real weights, on any device, plain or sharded (DTensor).
         laws: parameter name -> (law, padding row of an embedding or None).
         seed: of the whole initialization.
 
-    Threads share the work: blocks are independent, so their order does not matter.
+    Raises:
+        WeightsError: meta tensors, shards that are not understood, a parameter that transformers never initializes.
     """
-    places = {name: _local(p.detach()) for name, p in model.named_parameters()}  # raises before the first write
+    check_writable(model)
+    places = {name: local_part(p.detach()) for name, p in model.named_parameters()}
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    special = [name for name, (law, _) in laws.items() if law.kind == "special"]
-    _write_special(model, {name: laws[name][0] for name in special}, places, seed)
+    special = {
+        name: _special(model, name, law, places[name], seed) for name, (law, _) in laws.items() if law.kind == "special"
+    }
+    return lambda: _write(laws, places, shapes, special, seed)
+
+
+@torch.no_grad()
+def _write(
+    laws: Mapping[str, tuple[InitLaw, int | None]],
+    places: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]],
+    shapes: Mapping[str, torch.Size],
+    special: Mapping[str, torch.Tensor],
+    seed: int,
+) -> None:
+    """Threads share the work: blocks are independent, so their order does not matter."""
     threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
     jobs: list[tuple[Any, ...]] = []
     for name, (law, _) in laws.items():
         local, offset = places[name]
         if law.kind == "constant":
             local.fill_(law.value)
-        elif law.kind in _RANDOM:
+        elif law.kind == "special":
+            local.copy_(special[name])
+        elif law.kind in RANDOM:
             shape = shapes[name]
             jobs.extend((name, law, local, shape, offset, rows) for rows in _blocks(shape, local, offset))
     before = torch.get_num_threads()
@@ -73,13 +91,13 @@ def initialize(model: PreTrainedModel, laws: Mapping[str, tuple[InitLaw, int | N
     finally:
         torch.set_num_threads(before)
     for name, (law, padding) in laws.items():
-        if padding is not None and law.kind in _RANDOM:
+        if padding is not None and law.kind in RANDOM:
             local, offset = places[name]
             if 0 <= padding - offset[0] < local.shape[0]:
                 local[padding - offset[0]] = 0.0
 
 
-def _local(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
     """This process's part of a tensor and where it starts."""
     if not isinstance(tensor, DTensor):
         return tensor, (0,) * max(tensor.dim(), 1)
@@ -152,35 +170,43 @@ def derive(seed: int, name: str, start: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def _write_special(
-    model: PreTrainedModel,
-    laws: Mapping[str, InitLaw],
-    places: Mapping[str, tuple[torch.Tensor, tuple[int, ...]]],
-    seed: int,
-) -> None:
-    """Parameters with an initialization of their own (decays, time steps): transformers' own code, seeded by name.
+def _special(
+    model: PreTrainedModel, name: str, law: InitLaw, place: tuple[torch.Tensor, tuple[int, ...]], seed: int
+) -> torch.Tensor:
+    """This process's part of a parameter with an initialization of its own (decays, time steps), seeded by name.
 
-    Each runs on a copy of its module on the CPU, so that neither order nor device decides the values.
+    Asked of the innermost `PreTrainedModel` that owns it, as transformers does, on a copy of its module on the CPU, so
+    that neither order nor device decides the values.
+
+    Raises:
+        WeightsError: transformers leaves some of it unwritten.
     """
-    for name, law in laws.items():
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        twin = object.__new__(type(module))  # copy.copy would run __init__ on modules that fully_shard took over
-        twin.__dict__.update(module.__dict__)
-        twin._parameters = {
-            key: None if p is None else _unmarked(p, key == leaf) for key, p in module._parameters.items()
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, name, 0))
-            model._init_weights(twin)
-        values = getattr(twin, leaf).detach()
-        local, offset = places[name]
-        for dim in range(values.dim()):
-            values = values.narrow(dim, offset[dim], local.shape[dim])
-        local.copy_(values if law.std in (0.0, 1.0) else values * law.std)
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    twin = object.__new__(type(module))  # copy.copy would run __init__ on modules that fully_shard took over
+    twin.__dict__.update(module.__dict__)
+    twin._parameters = {key: None if p is None else _blank(p, key == leaf) for key, p in module._parameters.items()}
+    part: torch.nn.Module = model
+    initializer = model
+    for step in filter(None, owner.split(".")):
+        part = getattr(part, step)
+        initializer = part if isinstance(part, PreTrainedModel) else initializer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, name, 0))
+        initializer._init_weights(twin)
+    values = getattr(twin, leaf).detach()
+    if values.isnan().any():
+        raise WeightsError(
+            f"{type(initializer).__name__}._init_weights leaves {name} unwritten, so it has no initialization: let it "
+            f"initialize the {leaf} of {type(module).__name__}"
+        )
+    local, offset = place
+    for dim in range(values.dim()):
+        values = values.narrow(dim, offset[dim], local.shape[dim])
+    return values if law.std in (0.0, 1.0) else values * law.std
 
 
-def _unmarked(parameter: torch.nn.Parameter, wanted: bool) -> torch.nn.Parameter:
-    """A CPU copy without transformers' mark "already initialized"; only the wanted one keeps its size in memory."""
-    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu" if wanted else "meta")
-    return torch.nn.Parameter(empty, requires_grad=parameter.requires_grad)
+def _blank(parameter: torch.nn.Parameter, wanted: bool) -> torch.nn.Parameter:
+    """NaN in memory of the CPU for the wanted one, for others only a size; neither is marked as initialized."""
+    blank = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device="cpu" if wanted else "meta")
+    return torch.nn.Parameter(blank, requires_grad=parameter.requires_grad)

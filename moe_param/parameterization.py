@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,16 @@ from transformers import PreTrainedModel
 
 from moe_param import explain
 from moe_param.balancing.selection import require_selection_biases
+from moe_param.fresh import departure, trained
 from moe_param.optim import groups as optim
 from moe_param.optim.adam import adam_class, adam_numbers, check_decoupled
-from moe_param.record import FORMAT, check_shapes, decode, encode, spans
+from moe_param.record import FORMAT, check_plain, check_shapes, decode, encode, spans, with_vocabulary
 from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.scaling.spec import ScalingSpec
+from moe_param.structure.laws import InitLaw
 from moe_param.structure.roles import layer_pattern
 from moe_param.structure.shape import Shape
+from moe_param.structure.trace import trace_model
 from moe_param.tuned import TunedNumbers
 
 
@@ -227,10 +230,15 @@ class Parameterization:
     def from_model(cls, model: PreTrainedModel) -> Parameterization:
         """Reads the rules from `model.config.moe_param`, for instance after `from_pretrained`. Weights are not touched.
 
+        A vocabulary that was resized since is followed, with a warning.
+
         Raises:
-            ParameterizationError: no record, or one whose parameters or shapes are not the model's.
+            ParameterizationError: no record, one whose parameters or shapes are not the model's, weights that
+                transformers has just built (the config of a parameterized model, but not its weights), a quantized
+                model, one with adapters, or a wrapped one.
             BalanceError: the config names injected selection biases that the model lacks (`load_selection_biases`).
         """
+        check_plain(model)
         require_selection_biases(model)
         record = getattr(model.config, "moe_param", None)
         if record is None:
@@ -239,6 +247,18 @@ class Parameterization:
                 "call moe_param.apply(model, base_shape, reinit=False)"
             )
         parameterization = cls.from_dict(record)
-        shapes = {name: tuple(rule.shape) for name, rule in parameterization.rules.items()}
-        check_shapes(shapes, model, "config.moe_param records")
-        return parameterization
+        rules = with_vocabulary(parameterization.rules, model)
+        check_shapes({name: tuple(rule.shape) for name, rule in rules.items()}, model, "config.moe_param records")
+        if parameterization.seed is not None:  # a record without one says nothing of the weights
+            _check_initialized(model, {name: rule.init for name, rule in rules.items()})
+        return replace(parameterization, rules=rules)
+
+
+def _check_initialized(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> None:
+    """Refuses weights that do not follow their rules, are untrained, and do follow transformers' own laws."""
+    wrong = departure(model, laws)
+    if wrong and not trained(model, laws) and not departure(model, trace_model(type(model), model.config)[1].laws):
+        raise ParameterizationError(
+            f"{type(model).__name__} has the config of a parameterized model, and weights that transformers has just "
+            f"built ({wrong}): call moe_param.apply(model, base_shape) to initialize them, or load the model's own"
+        )

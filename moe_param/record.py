@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,12 +17,57 @@ FORMAT = 1
 """Version of what `Parameterization.to_dict` writes."""
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], model: PreTrainedModel, source: str) -> None:
+def check_plain(model: Any) -> None:
+    """Refuses what is not a transformers model with parameters of its own and nobody else's.
+
+    Raises:
+        ParameterizationError: quantized, with adapters, or wrapped (PEFT, torch.compile, DDP).
+    """
+    name = type(model).__name__
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise ParameterizationError(
+            f"{name} has PEFT adapters, for which there is no rule (they have no counterpart at the base): "
+            "parameterize the base model before it gets them; adapters are then trained with rates of their own"
+        )
+    if not isinstance(model, PreTrainedModel):
+        inside = next(
+            (n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None
+        )
+        hint = (
+            f"pass the model inside (model.{inside}), before or after wrapping" if inside else "pass the model itself"
+        )
+        raise ParameterizationError(f"expected a transformers PreTrainedModel, got {name}: {hint}")
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         raise ParameterizationError(
-            f"{type(model).__name__} is quantized ({type(quantizer).__name__}): parameterize the model it was made from"
+            f"{name} is quantized ({type(quantizer).__name__}): parameterize the model it was made from"
         )
+
+
+def with_vocabulary(rules: Mapping[str, Rule], model: PreTrainedModel) -> dict[str, Rule]:
+    """The rules, with the rows that embedding and unembedding have in `model`: no factor depends on the vocabulary.
+
+    Warns where they are not the recorded ones (`resize_token_embeddings`).
+    """
+    tables = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    members = {id(p) for table in tables for p in table.parameters()}
+    resized = {
+        name: replace(rules[name], shape=tuple(p.shape))
+        for name, p in model.named_parameters()
+        if id(p) in members and name in rules and rules[name].shape[1:] == tuple(p.shape[1:])
+    }
+    changed = [name for name, rule in resized.items() if rule.shape != rules[name].shape]
+    if changed:
+        name = changed[0]
+        warnings.warn(
+            f"the vocabulary was resized since the rules were recorded ({name}: {rules[name].shape[0]} rows, now "
+            f"{resized[name].shape[0]}): the same rules hold for all of them",
+            stacklevel=4,
+        )
+    return {**rules, **resized}
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], model: PreTrainedModel, source: str) -> None:
     actual = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = [
         f"{n}: {source} {expected[n]}, the model has {actual[n]}"

@@ -13,6 +13,7 @@ import yaml
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_param.errors import MoeParamError
+from moe_param.naming import parse_sizes
 from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.scaling_config import scale_config
@@ -128,6 +129,8 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
     found = []
     for name in ("base_shape", "shape"):
         sizes = values.get(name) or (values.get("target_shape") if name == "shape" else None) or {}
+        if isinstance(sizes, str):
+            sizes = parse_sizes(sizes, SIZES, int, option=name)
         unknown = [key for key in sizes if key not in SIZES]
         if unknown:
             raise TunedError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")

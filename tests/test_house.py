@@ -20,7 +20,7 @@ FLOORS = (
     ("structure",),
     ("scaling",),
     ("optim", "init"),
-    ("balancing",),
+    ("balancing", "fresh"),
     ("tuned", "record", "explain"),
     ("parameterization",),
     ("applying",),

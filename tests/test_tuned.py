@@ -95,7 +95,7 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, changes: dict[str, Any
 
 def test_explain_and_train_read_one_file_alike(tmp_path: Path) -> None:
     """base_shape and shape both change the config of the file; a shape beside the file takes its place."""
-    path = write(tmp_path / "best.yaml", base_shape={"width": 32}, shape={"depth": 6}, tuned_at=SIZES | {"width": 32})
+    path = write(tmp_path / "best.yaml", base_shape={"width": 32}, shape="depth=6", tuned_at=SIZES | {"width": 32})
     arguments, _, _ = parse(["--config", str(path)])
     base, config = build_configs(arguments)
     assert (base.hidden_size, base.num_hidden_layers) == (32, 4)

@@ -62,7 +62,10 @@ class ModelArguments:
     )
     experts_implementation: str | None = field(
         default=None,
-        metadata={"help": "transformers' experts backend: eager, grouped_mm, megablocks. Default: moe_param's choice."},
+        metadata={
+            "help": "transformers' experts backend: eager, grouped_mm, megablocks, or auto (megablocks where it is "
+            "usable). Default: transformers' own."
+        },
     )
     allow_sparsity_change: bool = field(
         default=False, metadata={"help": "Warn, do not refuse, where top_k / num_experts is not the base's."}

@@ -220,12 +220,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     transformers.set_seed(args.seed)
     if args.disable_tqdm:
         transformers.utils.logging.disable_progress_bar()
-    choice = model_args.experts_implementation
-    kwargs = {"experts_implementation": choice} if choice else {}
-    model = AutoModelForCausalLM.from_config(target, **kwargs)
-    if (
-        args.device.type == "cuda" and not sharded(args) and args.expert_parallel == 1
-    ):  # where it will train: experts="auto" looks at the device
+    model = AutoModelForCausalLM.from_config(target)
+    if args.device.type == "cuda" and not sharded(args) and args.expert_parallel == 1:  # where it will train
         model.to(args.device)
     parameterization = moe_param.apply(
         model,
@@ -234,7 +230,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         init_std=model_args.init_std,
         constants=model_args.constants or None,
         seed=args.seed,
-        experts=None if choice else "auto",
+        experts=model_args.experts_implementation,
         allow_sparsity_change=model_args.allow_sparsity_change,
     )
     if args.expert_parallel > 1:

@@ -224,7 +224,7 @@ def test_another_device_than_the_current_one(provider: str) -> None:
 def test_auto_takes_it() -> None:
     config = tiny_config("mixtral")
     model = build("mixtral", config).cuda()
-    moe_param.apply(model, config, seed=0)
+    moe_param.apply(model, config, seed=0, experts="auto")
     assert model.config._experts_implementation == "megablocks"
 
 
