@@ -77,7 +77,7 @@ wheel: $(STAMP)  ## the wheel, into dist
 	$(BIN)/python -m build --wheel --outdir dist
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
-	$(BIN)/python -m moe_param.tuning.transfer --config recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
+	$(BIN)/moe-param transfer recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
 
 format: $(STAMP)  ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .

@@ -54,14 +54,15 @@ def parse(
     names = option_names(types)
     if defaults:
         parser.set_defaults(**defaults)
-    if of_file and (source := parser.parse_known_args(list(argv))[0].config):
-        parser.set_defaults(**of_file(source))
+    if of_file:
+        given, unknown = parser.parse_known_args(list(argv))
+        _refuse(unknown, names)
+        if given.config:
+            parser.set_defaults(**of_file(given.config))
     *instances, unknown = parser.parse_args_into_dataclasses(
         list(argv), look_for_args_file=False, return_remaining_strings=True
     )
-    if unknown:
-        given = unknown[0].split("=")[0]
-        raise InputError(f"unknown argument {given!r}{_option(given, names)}")
+    _refuse(unknown, names)
     if needed and all(getattr(instance, "config", None) is None for instance in instances):
         raise InputError(f"CONFIG is missing, the first argument ({prog} --help lists what there is)")
     return tuple(instances[: len(types)])
@@ -89,6 +90,13 @@ def check_keys(source: str, values: Mapping[str, Any], names: Sequence[str]) -> 
     for key in values:
         if key not in names:
             raise InputError(f"{source}: unknown key {key!r}{nearest(str(key), tuple(names))}")
+
+
+def _refuse(unknown: Sequence[str], names: Sequence[str]) -> None:
+    """Says what was probably meant by the first argument that is none."""
+    if unknown:
+        given = unknown[0].split("=")[0]
+        raise InputError(f"unknown argument {given!r}{_option(given, names)}")
 
 
 def _option(given: str, names: Sequence[str]) -> str:

@@ -287,5 +287,7 @@ def test_the_config_is_read_wherever_it_stands(config: str) -> None:
     for argv in ([config, "--seeds", "0"], ["--seeds", "0", "--config", config], ["--mode", "grid", config]):
         _, model, _, training = read([*argv])
         assert model.model_type == "mixtral" and training.max_steps == 6
+    with pytest.raises(InputError, match="unknown argument '--log2_lr'"):  # whose value is no config
+        read(["--log2_lr", "-7", "--config", config])
     _, _, _, training = read([config, "--tokens", "640"])  # in place of the file's max_steps
     assert training.tokens == 640 and training.max_steps == -1 and training.output_dir == "tune"
