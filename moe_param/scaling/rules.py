@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_param.errors import MoeParamError
-from moe_param.scaling.spec import ScalingSpec
+from moe_param.scaling.spec import SHAPE_DIMENSIONS, ScalingSpec
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.roles import UNTRAINED, Info, Structure
 
@@ -72,79 +72,139 @@ def derive_rules(
         ParameterizationError: a dimension the spec does not scale, a layer or parameter without a counterpart, or a
             multiplier without a place to go.
     """
-    dims = ("width", "depth", "num_experts", "top_k", "expert_size")
-    ratios = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in dims}
+    moved = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in SHAPE_DIMENSIONS}
     for dim in spec.fixed:
-        if ratios.get(dim, 1.0) != 1.0:
+        if moved.get(dim, 1.0) != 1.0:
             raise ParameterizationError(
                 f"spec {spec.name} does not scale {dim}: base {getattr(base.shape, dim)}, "
                 f"target {getattr(target.shape, dim)}"
             )
     counterparts = _counterparts(base, target)
-    pairs = {name: (base.parameters[counterparts[name]], info) for name, info in target.parameters.items()}
+    pairs = {
+        name: _Pair.of(name, base.parameters[counterparts[name]], info, moved)
+        for name, info in target.parameters.items()
+    }
     # Where no queries were seen, a head_dim shows in the factor that transformers puts on the attention logits.
-    moved = any(b.head_dim != t.head_dim or b.scaling != t.scaling for b, t in pairs.values())
-    _check_gaps(spec, base, target, ratios, moved)
+    heads_moved = any(
+        p.base.head_dim != p.target.head_dim or p.base.scaling != p.target.scaling for p in pairs.values()
+    )
+    _check_gaps(spec, base, target, moved, heads_moved)
     shares = _shares(base, target)
     return {
-        name: replace(_rule(spec, ratios, b, t, init_std, constants), share=shares[name])
-        for name, (b, t) in pairs.items()
+        name: replace(_rule(spec, pair, pairs[pair.target.of or name], init_std, constants), share=shares[name])
+        for name, pair in pairs.items()
     }
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """target / base of every dimension a table may name (`moe_param.scaling.spec.DIMENSIONS`), for one parameter."""
+
+    width: float
+    depth: float
+    num_experts: float
+    top_k: float
+    expert_size: float
+    head_dim: float
+    fan_in: float
+    fan_out: float
+    units: float
+
+    @classmethod
+    def of(cls, base: Info, target: Info, moved: Mapping[str, float]) -> Ratios:
+        """The ratios of one parameter; `moved` holds those of the model (`SHAPE_DIMENSIONS`)."""
+
+        def ratio(here: int | None, there: int | None) -> float:
+            return here / there if here and there else 1.0
+
+        return cls(
+            **moved,
+            head_dim=ratio(target.head_dim, base.head_dim),
+            fan_in=ratio(target.fan_in, base.fan_in),
+            fan_out=ratio(target.fan_out, base.fan_out),
+            units=ratio(target.shape[-1], base.shape[-1]) if len(target.shape) == 1 else 1.0,
+        )
+
+    def scale(self, exponents: Mapping[str, float]) -> float:
+        """Π ratio^exponent."""
+        return math.prod(getattr(self, dimension) ** exponent for dimension, exponent in exponents.items())
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A parameter of the target and the one in the base that it is scaled from."""
+
+    name: str
+    base: Info
+    target: Info
+    ratios: Ratios
+
+    @classmethod
+    def of(cls, name: str, base: Info, target: Info, moved: Mapping[str, float]) -> _Pair:
+        return cls(name, base, target, Ratios.of(base, target, moved))
+
+    def multipliers(self, spec: ScalingSpec, sites: frozenset[str]) -> dict[str, float]:
+        """The forward multiplier of each site, those that are 1 left out."""
+        factors = {}
+        for site in sorted(sites & spec.multipliers.keys()):
+            factor = self.ratios.scale(spec.multipliers[site])
+            if site == "attention_logits" and self.target.scaling and self.base.scaling:
+                factor /= self.target.scaling / self.base.scaling  # what the model's own factor already does
+            if not math.isclose(factor, 1.0, rel_tol=1e-12):
+                factors[site] = factor
+        return factors
 
 
 def _rule(
     spec: ScalingSpec,
-    ratios: Mapping[str, float],
-    base: Info,
-    info: Info,
+    pair: _Pair,
+    linear: _Pair,
     init_std: float | None,
     constants: Mapping[str, Mapping[str, float]],
 ) -> Rule:
-    fans = {"fan_in": info.fan_in, "fan_in_base": base.fan_in, "padding": info.padding}
+    """The rule of one parameter; `linear` is the linear or norm that a bias belongs to, otherwise `pair` itself."""
+    info = pair.target
+    fans = {"fan_in": info.fan_in, "fan_in_base": pair.base.fan_in, "padding": info.padding}
     if info.role in UNTRAINED:
         return Rule(info.role, info.shape, info.law, lr=0.0, weight_decay=0.0, **fans)  # type: ignore[arg-type]
-    own = dict(ratios)
-    for fan in ("fan_in", "fan_out"):
-        here, there = getattr(info, fan), getattr(base, fan)
-        own[fan] = here / there if here and there else 1.0
-    own["units"] = info.shape[-1] / base.shape[-1] if len(info.shape) == 1 else 1.0
-    own["head_dim"] = info.head_dim / base.head_dim if info.head_dim and base.head_dim else 1.0
-
-    def scale(exponents: Mapping[str, float]) -> float:
-        return math.prod(own[dim] ** exponent for dim, exponent in exponents.items())
-
-    multiplier, folded = 1.0 / scale(info.undo) if spec.init == "base" else 1.0, []
-    if multiplier != 1.0:
-        folded.append("own factor")
-    for site in sorted(info.sites):
-        if site not in spec.multipliers:
-            continue
-        factor = scale(spec.multipliers[site])
-        if site == "attention_logits" and info.scaling and base.scaling:
-            factor /= info.scaling / base.scaling  # what the model's own factor already does
-        if not math.isclose(factor, 1.0, rel_tol=1e-12):
-            multiplier *= factor
-            folded.append(site)
-
-    row = spec.roles[info.role]
-    eps_row = spec.roles[info.of or info.role] if row.eps is None else row
+    row, ratios = spec.roles[info.role], linear.ratios
+    factors = pair.multipliers(spec, info.sites)
+    own = 1.0 / ratios.scale(info.undo) if spec.init == "base" else 1.0
+    if own != 1.0:
+        factors = {"own factor": own, **factors}
+    multiplier = math.prod(factors.values())
     own_constants = constants.get(info.role, {})
-    std_ratio = scale(row.init_std) * own_constants.get("init", 1.0)
-    lr = scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
-    eps = scale(eps_row.eps or {}) / multiplier
+    std_ratio = ratios.scale(row.init_std) * own_constants.get("init", 1.0)
+    lr = ratios.scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
     matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")
-    law = base.law if spec.init == "base" else info.law
+    law = pair.base.law if spec.init == "base" else info.law
     return Rule(
         role=info.role,
         shape=info.shape,
         init=_fold_law(law, info.offset, std_ratio, multiplier, init_std),
         lr=lr,
-        eps=eps,
+        eps=_linear_eps(spec, linear) if row.eps is None else ratios.scale(row.eps) / multiplier,
         weight_decay=1.0 / lr if row.decay and matrix else 0.0,
         multiplier=multiplier,
-        folded=tuple(folded),
+        folded=tuple(factors),
         **fans,
     )
+
+
+def _linear_eps(spec: ScalingSpec, linear: _Pair) -> float:
+    """Epsilon of the bias of `linear`: with all multipliers folded, y = W·x + b, both have the gradient scale of y.
+
+    A factor behind the linear is folded into W and b, one in front of it (on the logits) into W, or into the final norm
+    where W is also the embedding, and never reaches b. The family's own factor stays in front of W, and is none of b's.
+    """
+    row = spec.roles.get(linear.target.role)
+    if row is None:
+        raise ParameterizationError(
+            f"spec {spec.name} gives a bias the epsilon of {linear.name}, which is not trained and has none: "
+            "freeze the bias too, or write the exponents of eps into the row of bias"
+        )
+    sites = linear.target.sites | ({"logits"} if linear.target.role == "embedding" else set())
+    return linear.ratios.scale(row.eps or {}) / math.prod(linear.multipliers(spec, sites).values())
 
 
 def _fold_law(law: InitLaw, offset: bool, std_ratio: float, multiplier: float, init_std: float | None) -> InitLaw:
@@ -205,9 +265,9 @@ def _shares(base: Structure, target: Structure) -> dict[str, float]:
 
 
 def _check_gaps(
-    spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float], head_dim_moved: bool
+    spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float], heads_moved: bool
 ) -> None:
-    moved = {dim for dim, ratio in ratios.items() if ratio != 1.0} | ({"head_dim"} if head_dim_moved else set())
+    moved = {dim for dim, ratio in ratios.items() if ratio != 1.0} | ({"head_dim"} if heads_moved else set())
     for site, reason in {**base.gaps, **target.gaps}.items():
         used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and dim in moved]
         if used:

@@ -15,9 +15,13 @@ import yaml
 from moe_param.errors import MoeParamError
 from moe_param.naming import nearest
 
-DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim", "fan_in", "fan_out", "units")
-"""Exponents are of target/base ratios of these. fan_in and fan_out are the parameter's own, read off its matmul; units
-is the length of a vector (a gain over head_dim, shared by all heads, keeps its gradient when the width grows)."""
+SHAPE_DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size")
+"""Dimensions that are the same for every parameter of a model."""
+
+DIMENSIONS = (*SHAPE_DIMENSIONS, "head_dim", "fan_in", "fan_out", "units")
+"""Exponents are of target/base ratios of these. head_dim is that of the queries a parameter makes; fan_in and fan_out
+are its own, read off its matmul; units is the length of a vector (a gain over head_dim, shared by all heads, keeps its
+gradient when the width grows). A bias has the ratios of the linear or norm it belongs to."""
 
 ROLES = (
     "embedding",
@@ -48,10 +52,13 @@ SITES = ("residual_branch", "unnormalized_gates", "logits", "attention_logits")
 DEFAULT_SPEC = "moe-completep"
 """The preset of arXiv:2601.20205."""
 
-_KEYS = ("name", "source", "init", "fixed", "multipliers", "roles")
+_KEYS = ("name", "source", "extends", "init", "fixed", "multipliers", "roles")
 _ROW_KEYS = ("init_std", "lr", "eps", "decay", "source")
 
 Exponents = Mapping[str, float]
+
+
+_EXTENDS = f" ('extends: {DEFAULT_SPEC}' takes what you leave out from that table)"
 
 
 class SpecError(MoeParamError):
@@ -91,57 +98,24 @@ class ScalingSpec:
 
     @classmethod
     def load(cls, spec: str | Path | Mapping[str, Any] | ScalingSpec) -> ScalingSpec:
-        """Loads a preset by name, a YAML file by path, or a mapping.
+        """Loads a preset by name, a YAML file by path, or a mapping; docs/specs.md explains the format.
 
         Raises:
-            SpecError: unknown preset, key, role, site or dimension (with the nearest valid name), a missing row, or
-                an exponent that is not a finite number.
+            SpecError: unknown preset, key, role, site or dimension (with the nearest valid name), a missing row, a
+                value of the wrong kind, an exponent that is not a finite number, or tables that extend each other.
         """
         if isinstance(spec, ScalingSpec):
             return spec
-        if isinstance(spec, Mapping):
-            return cls.from_dict(spec)
-        text = str(spec)
-        if text in presets():
-            return cls.from_dict(
-                yaml.safe_load((resources.files("moe_param.scaling") / "specs" / f"{text}.yaml").read_text())
-            )
-        path = Path(text)
-        if path.suffix not in (".yaml", ".yml") or not path.is_file():
-            raise SpecError(f"no scaling spec {text!r}{nearest(text, presets())}: give a preset or a YAML file")
-        try:
-            table = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise SpecError(f"{path} is not YAML: {error}") from error
-        if not isinstance(table, Mapping):
-            raise SpecError(f"{path} must hold a mapping, found {type(table).__name__}")
-        return cls.from_dict(table)
+        return cls.from_dict(spec) if isinstance(spec, Mapping) else _load(str(spec), Path(), ())
 
     @classmethod
     def from_dict(cls, table: Mapping[str, Any]) -> ScalingSpec:
-        """The spec of an already parsed table; the same checks as `load`."""
-        _known(table, _KEYS, "key", "spec")
-        for key in ("name", "source", "roles"):
-            if key not in table:
-                raise SpecError(f"spec: the key {key!r} is missing")
-        name = str(table["name"])
-        init = table.get("init", "base")
-        if init not in ("base", "model"):
-            raise SpecError(f"spec {name}: init must be 'base' or 'model', got {init!r}")
-        fixed = tuple(table.get("fixed", ()))
-        _known(fixed, DIMENSIONS, "dimension", f"spec {name}: fixed")
-        sites = table.get("multipliers") or {}
-        _known(sites, SITES, "site", f"spec {name}: multipliers")
-        multipliers = {site: _exponents(value, f"spec {name}: multipliers.{site}") for site, value in sites.items()}
-        _known(table["roles"], ROLES, "role", f"spec {name}")
-        missing = [role for role in ROLES if role not in table["roles"]]
-        if missing:
-            raise SpecError(f"spec {name}: no row for {', '.join(missing)}")
-        roles = {role: _row(row, f"spec {name}: {role}") for role, row in table["roles"].items()}
-        return cls(name, str(table["source"]), init, fixed, multipliers, roles)
+        """The spec of an already parsed table; the same checks as `load`. A file it extends is looked for from the
+        current folder."""
+        return _build(table, Path(), ())
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain mapping that `from_dict` reads back."""
+        """A plain mapping that `from_dict` reads back: all rows, those of the extended table included."""
         rows = {
             role: {
                 "init_std": dict(row.init_std),
@@ -169,36 +143,99 @@ def presets() -> tuple[str, ...]:
     return tuple(sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml")))
 
 
-def _row(row: Any, where: str) -> RoleRule:
-    if not isinstance(row, Mapping):
-        raise SpecError(f"{where} must be a mapping, found {row!r}")
-    _known(row, _ROW_KEYS, "key", where)
-    if not row.get("source"):
-        raise SpecError(f"{where}: every row names its source (paper, table)")
-    eps = row.get("eps", {})
-    if eps == "linear" and not where.endswith(": bias"):
+def _load(source: str, folder: Path, chain: tuple[Path, ...]) -> ScalingSpec:
+    """The preset or file called `source`, seen from `folder`; `chain` holds the files that led here by `extends`."""
+    if source in presets():
+        text = (resources.files("moe_param.scaling") / "specs" / f"{source}.yaml").read_text(encoding="utf-8")
+        return _build(yaml.safe_load(text), Path(), ())
+    path = (folder / source).resolve()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise SpecError(f"no scaling spec {source!r}{nearest(source, presets())}: give a preset or a YAML file")
+    if path in chain:
+        circle = (*chain[chain.index(path) :], path)
+        raise SpecError(f"specs extend each other in a circle: {' → '.join(file.name for file in circle)}")
+    try:
+        table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {error}") from error
+    if not isinstance(table, Mapping):
+        raise SpecError(f"{path} must hold a mapping, found {type(table).__name__}")
+    return _build(table, path.parent, (*chain, path))
+
+
+def _build(table: Mapping[str, Any], folder: Path, chain: tuple[Path, ...]) -> ScalingSpec:
+    """Checks a parsed table; what it leaves out is its parent's, if it extends one."""
+    _known(table, _KEYS, "key", "spec")
+    name = _text(table, "name", "spec")
+    where = f"spec {name}"
+    source = _text(table, "source", where)
+    parent = _load(_text(table, "extends", where), folder, chain) if "extends" in table else None
+    inherited: dict[str, Any] = (
+        parent.to_dict() if parent else {"init": "base", "fixed": [], "multipliers": {}, "roles": {}}
+    )
+    if parent is None and "roles" not in table:
+        raise SpecError(f"{where}: the key 'roles' is missing{_EXTENDS}")
+
+    init = table.get("init", inherited["init"])
+    if init not in ("base", "model"):
+        raise SpecError(f"{where}: init must be 'base' or 'model', got {init!r}")
+    fixed = table.get("fixed", inherited["fixed"])
+    if not isinstance(fixed, (list, tuple)):
+        raise SpecError(f"{where}: fixed must be a list of dimensions, found {fixed!r}")
+    _known(fixed, SHAPE_DIMENSIONS, "dimension", f"{where}: fixed")
+    sites = _mapping(table.get("multipliers", {}), SITES, "site", f"{where}: multipliers")
+    multipliers = {
+        site: _exponents(value, f"{where}: multipliers.{site}")
+        for site, value in {**inherited["multipliers"], **sites}.items()
+    }
+    rows = _mapping(table.get("roles", {}), ROLES, "role", f"{where}: roles")
+    roles = dict(parent.roles) if parent else {}
+    roles |= {role: _row(row, f"{where}: {role}", inherited["roles"].get(role, {})) for role, row in rows.items()}
+    missing = [role for role in ROLES if role not in roles]
+    if missing:
+        raise SpecError(f"{where}: no row for {', '.join(missing)}{_EXTENDS}")
+    return ScalingSpec(name, source, init, tuple(fixed), multipliers, roles)
+
+
+def _row(row: Any, where: str, parent: Mapping[str, Any]) -> RoleRule:
+    """One row; keys it leaves out are those of `parent`, except its source: a changed row has a reason of its own."""
+    row = _mapping(row, _ROW_KEYS, "key", where)
+    source = _text(row, "source", f"{where}: every row names its source (paper, table)")
+    values = {"init_std": {}, "lr": {}, "eps": {}, "decay": False, **parent, **row}
+    if values["eps"] == "linear" and not where.endswith(": bias"):
         raise SpecError(f"{where}: only biases can take the epsilon of their linear")
-    decay = row.get("decay", False)
-    if not isinstance(decay, bool):
-        raise SpecError(f"{where}.decay must be true or false, got {decay!r}")
+    if not isinstance(values["decay"], bool):
+        raise SpecError(f"{where}.decay must be true or false, got {values['decay']!r}")
     return RoleRule(
-        init_std=_exponents(row.get("init_std", {}), f"{where}.init_std"),
-        lr=_exponents(row.get("lr", {}), f"{where}.lr"),
-        eps=None if eps == "linear" else _exponents(eps, f"{where}.eps"),
-        decay=decay,
-        source=str(row["source"]),
+        init_std=_exponents(values["init_std"], f"{where}.init_std"),
+        lr=_exponents(values["lr"], f"{where}.lr"),
+        eps=None if values["eps"] == "linear" else _exponents(values["eps"], f"{where}.eps"),
+        decay=values["decay"],
+        source=source,
     )
 
 
 def _exponents(value: Any, where: str) -> dict[str, float]:
-    if not isinstance(value, Mapping):
-        raise SpecError(f"{where} must map dimensions to exponents, found {value!r}")
-    _known(value, DIMENSIONS, "dimension", where)
-    for dimension, exponent in value.items():
+    for dimension, exponent in _mapping(value, DIMENSIONS, "dimension", where).items():
         number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
         if not number or not math.isfinite(exponent):
             raise SpecError(f"{where}.{dimension} must be a finite number, got {exponent!r}")
     return {dimension: float(exponent) for dimension, exponent in value.items()}
+
+
+def _mapping(value: Any, valid: tuple[str, ...], kind: str, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{where} must map {kind}s to their values ({{}} for none), found {value!r}")
+    _known(value, valid, kind, where)
+    return value
+
+
+def _text(table: Mapping[str, Any], key: str, where: str) -> str:
+    if key not in table:
+        raise SpecError(f"{where}: the key {key!r} is missing")
+    if not isinstance(table[key], str) or not table[key]:
+        raise SpecError(f"{where}: {key} must be text, found {table[key]!r}")
+    return str(table[key])
 
 
 def _known(names: Any, valid: tuple[str, ...], kind: str, where: str) -> None:

@@ -30,7 +30,8 @@ class Info:
     """One parameter of a model.
 
     fan_in, fan_out: sizes of the contraction it takes part in; None where it is not a matrix.
-    of: for a bias, the role of its linear or norm. offset: a gain of the form 1 + w.
+    of: for a bias, the parameter (the weight of a linear, the gain of a norm) it belongs to.
+    offset: a gain of the form 1 + w.
     layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name).
     sites: forward multipliers that stand before or behind it (`moe_param.scaling.spec.SITES`).
     head_dim, scaling: of the attention whose queries it makes.
@@ -129,11 +130,11 @@ class _Reader:
         if len(self.routers) < len(trace.routers):
             lost = [r.experts for r in trace.routers if r.module is None]
             raise StructureError(f"no module hands its indices to the experts {lost}: no router was found")
-        ids = {id(p): name for name, p in model.named_parameters()}
+        self.names = {id(p): name for name, p in model.named_parameters()}
         head = model.get_output_embeddings()
-        self.head = ids.get(id(getattr(head, "weight", None)))
+        self.head = self.names.get(id(getattr(head, "weight", None)))
         self.tied = self.head in trace.embeddings
-        self.input_embedding = ids.get(id(getattr(model.get_input_embeddings(), "weight", None)))
+        self.input_embedding = self.names.get(id(getattr(model.get_input_embeddings(), "weight", None)))
         self.closers = {name for branch in trace.branches for name in branch.closers}
         # The last matrices of a branch, also where a norm closes it.
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
@@ -188,10 +189,11 @@ class _Reader:
         return "key_norm" if name in self.keys else "norm"
 
     def bias_of(self, name: str) -> str | None:
-        """The weight a bias belongs to: `x.bias` to `x.weight`, an experts module's `down_proj_bias` to `down_proj`."""
+        """The weight a bias belongs to: `x.bias` to `x.weight` (a tied head's to the embedding's weight), an experts
+        module's `down_proj_bias` to `down_proj`."""
         owner, _, leaf = name.rpartition(".")
-        if leaf == "bias" and f"{owner}.weight" in self.trace.shapes:
-            return f"{owner}.weight"
+        if leaf == "bias":
+            return self.names.get(id(getattr(self.modules[owner], "weight", None)))
         if owner in self.experts and leaf.endswith("_bias"):
             return f"{owner}.{leaf.removesuffix('_bias')}"
         return None
@@ -266,7 +268,7 @@ class _Reader:
             law=trace.laws[name],
             fan_in=self.fan(name, role, "fan_in"),
             fan_out=self.fan(name, role, "fan_out"),
-            of=self.role(weight) if weight is not None else None,
+            of=weight,
             offset=name in trace.offset_gains,
             layer=layer,
             relative=self.relative(name),

@@ -66,8 +66,30 @@ def test_every_row_of_a_preset_has_a_source_and_the_table_survives_yaml(name: st
         (broken("router", init_std={"width": float("inf")}), r"router\.init_std\.width must be a finite number"),
         (broken("router", lr={"width": "-1"}), r"router\.lr\.width must be a finite number"),
         (broken("router", lr={"width": True}), r"router\.lr\.width must be a finite number"),
-        (broken("router", lr=-1), r"router\.lr must map dimensions to exponents"),
+        (broken("router", lr=-1), r"router\.lr must map dimensions to their values"),
         (broken("router", decay=1), r"router\.decay must be true or false"),
+        (table(roles=None), r"roles must map roles to their values .* found None"),
+        (table(roles=["router"]), r"roles must map roles to their values .* found \['router'\]"),
+        (table(roles={**table()["roles"], "router": None}), r"router must map keys to their values .* found None"),
+        (table(roles={**table()["roles"], 1: {}}), r"unknown role 1 \(valid: embedding, "),
+        (table(multipliers=None), r"multipliers must map sites to their values"),
+        (table(multipliers={"logits": None}), r"multipliers\.logits must map dimensions to their values"),
+        (table(fixed=None), r"fixed must be a list of dimensions, found None"),
+        (table(fixed="depth"), r"fixed must be a list of dimensions, found 'depth'"),
+        (table(fixed=[None]), r"fixed: unknown dimension None"),
+        (table(fixed=["head_dim"]), r"fixed: unknown dimension 'head_dim' \(valid: width, "),
+        (table(init=None), r"init must be 'base' or 'model', got None"),
+        (table(name=None), r"name must be text, found None"),
+        (table(source=[]), r"source must be text, found \[\]"),
+        (table(extends=None), r"extends must be text, found None"),
+        ({**table(), True: 1}, r"unknown key True"),
+        (broken("router", lr=None), r"router\.lr must map dimensions to their values"),
+        (broken("router", eps=None), r"router\.eps must map dimensions to their values"),
+        (broken("router", eps="linear"), r"router: only biases can take the epsilon of their linear"),
+        (broken("router", decay=None), r"router\.decay must be true or false, got None"),
+        (broken("router", source=None), r"router: every row names its source .* source must be text, found None"),
+        (broken("router", lr={None: -1}), r"router\.lr: unknown dimension None"),
+        (broken("router", lr={"width": None}), r"router\.lr\.width must be a finite number, got None"),
     ],
 )
 def test_what_a_table_cannot_say(values: dict[str, Any], complaint: str) -> None:
@@ -104,9 +126,68 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     bad.write_text("- a list\n")
     with pytest.raises(SpecError, match="must hold a mapping"):
         ScalingSpec.load(bad)
+    bad.write_bytes("name: µP".encode("latin-1"))
+    with pytest.raises(SpecError, match="is not YAML"):
+        ScalingSpec.load(bad)
     bad.write_text("name: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(SpecError, match="is not YAML"):
         ScalingSpec.load(bad)
+
+
+# -- extending -------------------------------------------------------------------------------------------------------
+def written(path: Path, **values: Any) -> Path:
+    path.write_text(yaml.safe_dump({"name": path.stem, "source": "a test", **values}))
+    return path
+
+
+def test_a_child_says_only_what_it_changes(tmp_path: Path) -> None:
+    parent = ScalingSpec.load("moe-completep")
+    path = written(
+        tmp_path / "mine.yaml",
+        extends="moe-completep",
+        multipliers={"logits": {}},
+        roles={"router": {"init_std": {"fan_in": -0.5}, "source": "γ = 1/2"}},
+    )
+    mine = ScalingSpec.load(path)
+    assert (mine.name, mine.source, mine.init, mine.fixed) == ("mine", "a test", "base", ())
+    assert mine.multipliers == {**parent.multipliers, "logits": {}}
+    assert {role for role in ROLES if mine.roles[role] != parent.roles[role]} == {"router"}
+    router, before = mine.roles["router"], parent.roles["router"]
+    assert router.init_std == {"fan_in": -0.5}
+    assert (router.lr, router.eps, router.decay) == (before.lr, before.eps, before.decay)
+    assert router.source == "γ = 1/2"
+    # what is recorded needs no other file
+    assert "extends" not in mine.to_dict()
+    path.unlink()
+    assert ScalingSpec.from_dict(mine.to_dict()) == mine
+
+
+def test_a_path_is_looked_for_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    written(tmp_path / "parent.yaml", extends="kakao", init="model")
+    child = ScalingSpec.load(written(tmp_path / "below" / "child.yaml", extends="../parent.yaml"))
+    assert (child.init, child.fixed) == ("model", ("depth",))
+    assert child.roles == ScalingSpec.load("kakao").roles
+    free = ScalingSpec.load(written(tmp_path / "free.yaml", extends="below/child.yaml", fixed=[], init="base"))
+    assert (free.init, free.fixed) == ("base", ())
+
+
+def test_what_extending_cannot_say(tmp_path: Path) -> None:
+    one = written(tmp_path / "one.yaml", extends="two.yaml")
+    two = written(tmp_path / "two.yaml", extends="three.yaml")
+    written(tmp_path / "three.yaml", extends="two.yaml")
+    for path, circle in ((one, r"two\.yaml → three\.yaml → two\.yaml"), (two, r"two\.yaml → three\.yaml → two\.yaml")):
+        with pytest.raises(SpecError, match=rf"in a circle: {circle}$"):
+            ScalingSpec.load(path)
+    itself = written(tmp_path / "self.yaml", extends="self.yaml")
+    with pytest.raises(SpecError, match=r"in a circle: self\.yaml → self\.yaml"):
+        ScalingSpec.load(itself)
+    with pytest.raises(SpecError, match=r"no scaling spec 'moe-complete' \(did you mean 'moe-completep'\?\)"):
+        ScalingSpec.load({"name": "mine", "source": "a test", "extends": "moe-complete"})
+    with pytest.raises(SpecError, match=r"router: every row names its source .* the key 'source' is missing"):
+        ScalingSpec.load({"name": "m", "source": "s", "extends": "mup", "roles": {"router": {"lr": {}}}})
+    with pytest.raises(SpecError, match=r"no row for unembedding, .*extends: moe-completep"):
+        ScalingSpec.load({"name": "m", "source": "s", "roles": {"embedding": {"source": "s"}}})
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
