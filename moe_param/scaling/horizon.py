@@ -14,8 +14,8 @@ EXPONENTS: Mapping[str, float] = {"lr": 0.5, "weight_decay": 0.5, "eps": -0.5, "
 Along batch, lr, eps and beta are Adam's square root rule of arXiv:2205.10287, as its first author states it publicly.
 Weight decay, and the same four along tokens, are arXiv:2512.22382 Table 1 second-hand: read in public implementations
 that cite the table, not in the paper. Rederived here: lr·weight_decay·steps and (1 − β)·steps are constant along both.
-tests/test_horizon.py checks the batch side by simulating a noisy quadratic; nothing here checks the tokens side beyond
-these identities.
+tests/scaling/test_horizon.py checks the batch side by simulating a noisy quadratic; nothing here checks the tokens side
+beyond these identities.
 """
 
 

@@ -5,41 +5,91 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 
 import moe_param
 from moe_param import ScalingSpec
-from tests.models import build, tiny_config, tokens
+from moe_param.structure.roles import UNTRAINED, read_structure
+from tests.models import build, classes, tiny_config, tokens
 from tests.scaling.test_scales import BASE, FAMILIES, _Hashable, changed
 
-# Gradient scales as derived from the papers' desiderata, unfolded: {role: {axis: exponent}}; top_k follows num_experts.
-EXPECTED = {
-    "embedding": {"width": -1, "depth": 0, "num_experts": 0, "expert_size": 0},
-    "attention_out": {"width": -1, "depth": -1, "num_experts": 0, "expert_size": 0},
-    "expert_up": {"width": 0, "depth": -1, "num_experts": -1, "expert_size": -1},
-    "expert_down": {"width": -1, "depth": -1, "num_experts": -1, "expert_size": 0},
-    "norm": {"width": -1, "depth": -1, "num_experts": 0, "expert_size": 0},
-    "final_norm": {"width": -1, "depth": 0, "num_experts": 0, "expert_size": 0},
-    "attention_in": {"width": -1, "depth": -1, "num_experts": 0, "expert_size": 0},
-    "query_norm": {"width": 0, "depth": -1, "num_experts": 0, "expert_size": 0},
+Settings = dict[str, Any]
+MEASURED: dict[str, tuple[Settings, dict[str, dict[str, float]]]] = {
+    # family: (its config, constants of the base)
+    "mixtral": (FAMILIES["mixtral"], {}),
+    "qwen3_moe": (FAMILIES["qwen3_moe"], {}),
+    "gpt_oss": (FAMILIES["gpt_oss"], {}),
+    "ernie4_5_moe": (  # a dense layer, shared experts, biases everywhere, a tied head
+        {"use_bias": True, "moe_num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 32},
+        {},
+    ),
+    "phimoe": (  # norms and an output head with biases
+        {"num_local_experts": 8, "intermediate_size": 32, "attention_bias": True, "lm_head_bias": True},
+        {},
+    ),
+    "afmoe": (  # norms behind the branches. From an embedding of size 1: they add 1 to what would start at 0.02, and
+        {  # how fast the stream grows from there hides what depth does
+            **{"num_experts": 8, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16},
+            **{"layer_types": ["full_attention"] * 2},
+        },
+        {"embedding": {"init": 50.0}},
+    ),
 }
+AXES = ("width", "depth", "num_experts", "expert_size")
+
+# Gradient scales as derived from the papers' desiderata, unfolded: exponents along `AXES`; top_k follows num_experts,
+# dense MLPs follow the width, shared experts the expert size.
+EXPECTED = {
+    "embedding": (-1, 0, 0, 0),
+    "unembedding": (-1, 0, 0, 0),
+    "attention_in": (-1, -1, 0, 0),
+    "attention_out": (-1, -1, 0, 0),
+    "router": (0, -1, -1, 0),
+    "expert_up": (0, -1, -1, -1),
+    "expert_down": (-1, -1, -1, 0),
+    "shared_up": (0, -1, 0, -1),
+    "shared_down": (-1, -1, 0, 0),
+    "dense_up": (-1, -1, 0, 0),
+    "dense_down": (-1, -1, 0, 0),
+    "norm": (-1, -1, 0, 0),
+    "post_norm": (-1, -1, 0, 0),
+    "query_norm": (0, -1, 0, 0),
+    "key_norm": (0, -1, 0, 0),
+    "final_norm": (-1, 0, 0, 0),
+    "bias of unembedding": (0, 0, 0, 0),  # behind the factor on the logits
+    "bias of embedding": (0, 0, 0, 0),  # the same of a tied head
+}
+CASES = [(f, axis) for f in MEASURED for axis in AXES if (f, axis) != ("phimoe", "num_experts")]  # its top_k is 2
+BIASED = set(EXPECTED) - {"post_norm", "query_norm", "key_norm", "bias of unembedding", "bias of embedding"}
+THEORY_LESS = ("other", "other_out")
+
+
+def expected(label: str, axis: str) -> int:
+    return EXPECTED.get(label, EXPECTED[label.removeprefix("bias of ")])[AXES.index(axis)]
 
 
 @functools.cache
-def measured(family: str, axis: str, spec: str | ScalingSpec = "moe-completep") -> dict[str, tuple[float, float]]:
-    """{role: (slope of the unfolded gradient's RMS after 2 steps, slope of the unfolded epsilon)}."""
-    config = tiny_config(family, **BASE, **FAMILIES[family])
+def measured(family: str, axis: str, spec: str | ScalingSpec = "moe-completep") -> dict[str, tuple[float, list[float]]]:
+    """{role, or `bias of` the role of its linear: (slope of the unfolded gradient's RMS after 2 steps, slope of the
+    unfolded epsilon of every parameter)}."""
+    sizes, constants = MEASURED[family]
+    config = tiny_config(family, **BASE, **sizes)
     shape = moe_param.Shape.from_config(config)
-    points: dict[str, list[tuple[float, float, float]]] = {}
-    for factor in (1, 2, 4, 8):
+    points: dict[str, list[tuple[float, float, list[float]]]] = defaultdict(list)
+    for factor in (1, 2, 8):
         scaled = moe_param.scale_config(config, **{axis: getattr(shape, axis) * factor})
-        squares: dict[str, list[float]] = {}
-        epsilons: dict[str, list[float]] = {}
+        labels = _labels(family, scaled)
+        squares: dict[str, list[float]] = defaultdict(list)
+        epsilons: dict[str, set[float]] = defaultdict(set)
         for seed in range(2):
             model = build(family, copy.deepcopy(scaled))
-            parameterization = moe_param.apply(model, shape, seed=seed, experts=None, spec=spec)
+            parameterization = moe_param.apply(
+                model, config, seed=seed, experts=None, spec=spec, constants=constants, reinit=True
+            )
             optimizer = torch.optim.AdamW(parameterization.param_groups(model, lr=2**-8, eps=1e-12))
             batch = tokens(128, 4, 32, seed)
             for _ in range(3):
@@ -48,13 +98,24 @@ def measured(family: str, axis: str, spec: str | ScalingSpec = "moe-completep") 
                 model(input_ids=batch, labels=batch).loss.backward()
             for name, p in model.named_parameters():
                 rule = parameterization.rules[name]
-                if p.grad is not None and rule.role in EXPECTED:
-                    squares.setdefault(rule.role, []).append(p.grad.square().mean().item() * rule.multiplier**2)
-                    epsilons.setdefault(rule.role, []).append(rule.eps * rule.multiplier)
-        for role, values in squares.items():
+                if p.grad is not None and rule.role not in (*UNTRAINED, *THEORY_LESS):
+                    squares[labels[name]].append(p.grad.square().mean().item() * rule.multiplier**2)
+                    epsilons[labels[name]].add(round(math.log(rule.eps * rule.multiplier), 9))
+        for label, values in squares.items():
             rms = math.sqrt(sum(values) / len(values))
-            points.setdefault(role, []).append((math.log(factor), math.log(rms), math.log(epsilons[role][0])))
-    return {role: (slope([(x, y) for x, y, _ in p]), slope([(x, e) for x, _, e in p])) for role, p in points.items()}
+            points[label].append((math.log(factor), math.log(rms), sorted(epsilons[label])))
+    return {
+        label: (
+            slope([(x, y) for x, y, _ in p]),
+            [slope([(x, eps[i]) for x, _, eps in p]) for i in range(len(p[0][2]))],
+        )
+        for label, p in points.items()
+    }
+
+
+def _labels(family: str, config: Any) -> dict[str, str]:
+    parameters = read_structure(classes(family)[0], config).parameters
+    return {n: f"bias of {parameters[i.of].role}" if i.of else i.role for n, i in parameters.items()}
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -62,19 +123,45 @@ def slope(points: list[tuple[float, float]]) -> float:
     return sum((x - x0) * y for x, y in points) / sum((x - x0) ** 2 for x, _ in points)
 
 
-@pytest.mark.parametrize("axis", ["width", "depth", "num_experts", "expert_size"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(("family", "axis"), CASES)
 def test_gradients_scale_as_the_table_says(family: str, axis: str) -> None:
     found = measured(family, axis)
-    for role, (gradient, epsilon) in found.items():
-        assert gradient == pytest.approx(EXPECTED[role][axis], abs=0.3), (role, found)
-        assert epsilon == pytest.approx(EXPECTED[role][axis], abs=1e-9), role
-    assert {"embedding", "attention_out", "expert_up", "expert_down"} <= set(found)
+    for label, (gradient, epsilons) in found.items():
+        assert gradient == pytest.approx(expected(label, axis), abs=0.3), (label, found)
+        assert epsilons == pytest.approx([expected(label, axis)] * len(epsilons), abs=1e-6), (label, found)
+
+
+def test_every_row_is_measured_or_says_that_it_is_not() -> None:
+    """Which rows claim to be checked here, and which are."""
+    seen = set().union(*(measured(family, "width") for family in MEASURED))
+    assert {label.removeprefix("bias of ") for label in seen if label.startswith("bias of ")} == BIASED
+    roles = {label for label in seen if not label.startswith("bias of ")} | {"bias"}
+    table = ScalingSpec.load("moe-completep").roles
+    assert {role for role, row in table.items() if "checked in tests/scaling/test_gradients.py" in row.source} == roles
+    assert all("no theory" in table[role].source for role in table.keys() - roles)
 
 
 def test_an_epsilon_that_does_not_scale_misses_the_gradient() -> None:
-    constant = _Hashable.of(changed("constant epsilon", **{role: {"eps": {}} for role in EXPECTED}))
-    found = measured("mixtral", "width", constant)
-    for role in ("embedding", "attention_out", "expert_down"):
-        gradient, epsilon = found[role]
-        assert abs(gradient - epsilon) > 0.3, found
+    roles = [role for role in EXPECTED if not role.startswith("bias of ")]
+    constant = _Hashable.of(changed("constant epsilon", **{role: {"eps": {}} for role in roles}))
+    for family in ("mixtral", "ernie4_5_moe"):
+        found = measured(family, "width", constant)
+        for label in found.keys() & {"embedding", "attention_out", "expert_down", "dense_down", "bias of dense_up"}:
+            gradient, epsilons = found[label]
+            assert all(abs(gradient - epsilon) > 0.3 for epsilon in epsilons), (label, found)
+
+
+def test_the_bias_of_a_linear_that_is_not_trained_has_no_epsilon_to_take() -> None:
+    model_class, _ = classes("gpt_oss")
+
+    class Frozen(model_class):  # type: ignore[misc,valid-type]
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.model.layers[0].self_attn.o_proj.weight.requires_grad_(False)
+
+    config = tiny_config("gpt_oss")
+    with pytest.raises(
+        moe_param.ParameterizationError, match=r"epsilon of model\.layers\.0\.self_attn\.o_proj\.weight"
+    ):
+        moe_param.plan(Frozen, config, config)
+    moe_param.plan(Frozen, config, config, spec="standard")
