@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_param.balancing.selection import BalanceError
     from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
     from moe_param.errors import InputError, MoeParamError
+    from moe_param.experts.reload import ReloadError, ReloadExpertsCallback
     from moe_param.init import WeightsError
     from moe_param.optim.adam import OptimizerError
     from moe_param.optim.clipping import ScaleFreeClipping, clip_grad_norm_
@@ -40,6 +41,7 @@ _NAMES = {
     "balancing.selection": ("BalanceError",),
     "checks.coordinates": ("CoordCheck", "CoordCheckError", "coord_check"),
     "errors": ("InputError", "MoeParamError"),
+    "experts.reload": ("ReloadError", "ReloadExpertsCallback"),
     "init": ("WeightsError",),
     "optim.adam": ("OptimizerError",),
     "optim.clipping": ("ScaleFreeClipping", "clip_grad_norm_"),
@@ -69,6 +71,8 @@ __all__ = [
     "OptimizerError",
     "Parameterization",
     "ParameterizationError",
+    "ReloadError",
+    "ReloadExpertsCallback",
     "RoleError",
     "RoutingError",
     "Rule",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,6 +24,9 @@ from moe_param.structure.roles import layer_pattern
 from moe_param.structure.shape import Shape
 from moe_param.structure.trace import trace_model
 from moe_param.tuned import TunedNumbers
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback, TrainingArguments
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,93 @@ class Parameterization:
 
         Factory.__name__ = f"{optimizer_class.__name__}Factory"
         return Factory
+
+    def trainer_arguments(
+        self,
+        args: TrainingArguments,
+        *,
+        optimizer: str | type[torch.optim.Optimizer] = "adamw",
+        clip: float | None = None,
+        balance: float | Mapping[str, Any] | TrainerCallback | None = None,
+        adam_like: bool = False,
+        lr: float | None = None,
+        eps: float | None = None,
+        betas: tuple[float, float] | None = None,
+        weight_decay: float | None = None,
+        decay: str | None = None,
+        steps: int | None = None,
+        base_steps: int | None = None,
+        batch_ratio: float = 1.0,
+        tokens_ratio: float = 1.0,
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """What makes a `Trainer` train by the rules: `Trainer(model, args, …, **p.trainer_arguments(args))`.
+
+        Learning rate, ε, betas and weight decay are the base's. Each is the one given here; else the one in `args`,
+        where that is not `TrainingArguments`' own default; else the tuned one; else as in `optimizer`. They are written
+        into `args`, so that the Trainer reports what it trains with. What contradicts itself is an error.
+
+        Args:
+            args: of the Trainer. max_grad_norm must be 0, optim left alone or "adamw_torch".
+            optimizer, adam_like, options: see `optimizer`.
+            clip: threshold of `ScaleFreeClipping`; inf only logs the norm.
+            balance: a rate, the arguments of `LoadBalancingCallback`, or a callback.
+            lr, eps, betas, weight_decay, decay: of the base, see above.
+            steps: for decay "ema"; left out, `args.max_steps` where that is set.
+            base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+            resume_from: see `ReloadExpertsCallback`.
+
+        Returns:
+            optimizer_cls_and_kwargs and callbacks. Add your own callbacks by `trainer.add_callback`.
+
+        Raises:
+            OptimizerError: numbers that contradict each other, no learning rate, or what `args` ask and would not be
+                done, or would undo the rules: another optimizer, ReduceLROnPlateau, Trainer's own clipping, DeepSpeed.
+        """
+        from moe_param.balancing.callback import LoadBalancingCallback
+        from moe_param.experts.reload import ReloadExpertsCallback
+        from moe_param.optim.arguments import AgreementCallback, check_arguments, take_numbers
+        from moe_param.optim.clipping import ScaleFreeClipping
+
+        check_arguments(args)
+        optimizer_class = adam_class(optimizer, adam_like)
+        if isinstance(balance, Mapping):
+            balance = LoadBalancingCallback(**balance)
+        elif isinstance(balance, int | float):
+            balance = LoadBalancingCallback(balance)
+        clipping = None if clip is None else ScaleFreeClipping(self, clip)
+        beta1, beta2 = betas or (None, None)
+        given = {"learning_rate": lr, "adam_epsilon": eps, "weight_decay": weight_decay}
+        taken = take_numbers(args, self.tuned, {**given, "adam_beta1": beta1, "adam_beta2": beta2})
+        decay = decay or (self.tuned and self.tuned.decay) or "independent"
+        numbers: dict[str, Any] = {
+            "lr": taken["learning_rate"],
+            "eps": taken["adam_epsilon"],
+            "betas": (taken["adam_beta1"], taken["adam_beta2"]),
+            "weight_decay": taken["weight_decay"],
+            "decay": decay,
+            "steps": args.max_steps if steps is None and decay == "ema" and args.max_steps > 0 else steps,
+            "base_steps": base_steps,
+            "batch_ratio": batch_ratio,
+            "tokens_ratio": tokens_ratio,
+        }
+        check_decoupled(optimizer_class, numbers["weight_decay"], options)
+        optim.check_numbers(**numbers)
+        if str(getattr(args.optim, "value", args.optim)) == "adamw_torch_fused" and isinstance(optimizer, str):
+            options.setdefault("fused", True)  # as Trainer does
+
+        def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+            return self.param_groups(model, **numbers)
+
+        callbacks = [ReloadExpertsCallback(resume_from), AgreementCallback(taken, groups), clipping, balance]
+        return {
+            "optimizer_cls_and_kwargs": (
+                self.optimizer_factory(optimizer_class, adam_like=adam_like),
+                {**numbers, **options},
+            ),
+            "callbacks": [callback for callback in callbacks if callback is not None],
+        }
 
     # -- explanation -------------------------------------------------------------------------------------------
     def rows(self, full: bool = False) -> list[dict[str, Any]]:

@@ -101,15 +101,18 @@ def param_groups(
         OptimizerError: a model that is not the one parameterized (see `trained`), numbers out of range.
         HorizonError: ratios that the square root rules do not cover.
     """
-    if not lr > 0 or not eps >= 0 or not weight_decay >= 0:
-        raise OptimizerError(f"lr must be > 0, eps and weight_decay ≥ 0: got {lr}, {eps}, {weight_decay}")
-    horizon = horizon_factors(batch_ratio, tokens_ratio)
-    if horizon.beta != 1.0 and betas is None:
-        raise OptimizerError(
-            f"batch_ratio {batch_ratio:g} and tokens_ratio {tokens_ratio:g} scale Adam's betas too: "
-            "give betas, the base's"
-        )
-    weight_decay *= _decay_factor(decay, weight_decay, steps, base_steps, horizon)
+    horizon, factor = check_numbers(
+        lr=lr,
+        eps=eps,
+        betas=betas,
+        weight_decay=weight_decay,
+        decay=decay,
+        steps=steps,
+        base_steps=base_steps,
+        batch_ratio=batch_ratio,
+        tokens_ratio=tokens_ratio,
+    )
+    weight_decay *= factor
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter, rule in trained(rules, model):
         factors = tuple(float(f"{x:.12g}") for x in (rule.lr, rule.eps, rule.weight_decay if weight_decay else 0.0))
@@ -127,6 +130,30 @@ def param_groups(
         if betas is not None:
             group["betas"] = horizon.betas(betas)
     return ordered
+
+
+def check_numbers(
+    *,
+    lr: float,
+    eps: float,
+    betas: tuple[float, float] | None,
+    weight_decay: float,
+    decay: str,
+    steps: int | None,
+    base_steps: int | None,
+    batch_ratio: float,
+    tokens_ratio: float,
+) -> tuple[HorizonFactors, float]:
+    """The factors of batch and tokens, and the one on weight decay that all groups share. Errors as there."""
+    if not lr > 0 or not eps >= 0 or not weight_decay >= 0:
+        raise OptimizerError(f"lr must be > 0, eps and weight_decay ≥ 0: got {lr}, {eps}, {weight_decay}")
+    horizon = horizon_factors(batch_ratio, tokens_ratio)
+    if horizon.beta != 1.0 and betas is None:
+        raise OptimizerError(
+            f"batch_ratio {batch_ratio:g} and tokens_ratio {tokens_ratio:g} scale Adam's betas too: "
+            "give betas, the base's"
+        )
+    return horizon, _decay_factor(decay, weight_decay, steps, base_steps, horizon)
 
 
 def _decay_factor(
