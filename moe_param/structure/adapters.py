@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from typing import Any
 
 import yaml
 from transformers import PretrainedConfig
@@ -20,6 +21,7 @@ class Adapter:
     own_factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: int = 8
     roles: Mapping[str, str] = field(default_factory=dict)
+    gate: Mapping[str, Any] | str = field(default_factory=dict)
     refuse: Mapping[str, str] = field(default_factory=dict)
 
 

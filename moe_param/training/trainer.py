@@ -101,8 +101,8 @@ def balancing(model: PreTrainedModel, args: PretrainArguments) -> Balancing:
     routes = find_routes(model, inject=args.inject_bias)
     rate = args.balance_rate
     if rate is None:
-        kinds = [route.gate.kind for route in routes if route.gate is not None]
-        rate = 0.1 if kinds and all(kind.startswith("softmax") for kind in kinds) else 0.01
+        gates = [route.gate for route in routes if route.gate is not None]
+        rate = 0.1 if gates and all(gate.scores == "softmax" for gate in gates) else 0.01
         if all(route.fixed for route in routes):
             rate = 0.0
             logger.warning(

@@ -62,7 +62,6 @@ def main() -> None:
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
         moe_intermediate_size=32,

@@ -243,7 +243,7 @@ def test_torch_compile_changes_nothing(family: str) -> None:
 
 @BOTH
 def test_bfloat16_models_are_counted_in_integers(family: str) -> None:
-    model = build(family).to(torch.bfloat16).train()
+    model = build(family).bfloat16().train()
     balancer = LoadBalancer(model, rate=RATE, inject=family == INJECTED)
     recorder = Recorder(balancer)
     for seed in range(2):
@@ -257,7 +257,7 @@ def test_bfloat16_models_are_counted_in_integers(family: str) -> None:
 
 
 def test_small_steps_add_up_where_the_native_bias_is_bfloat16() -> None:
-    model = build(NATIVE).to(torch.bfloat16)
+    model = build(NATIVE).bfloat16()
     for route in LoadBalancer(model, rate=0).routes:
         assert route.owner is not None
         setattr(route.owner, route.leaf, route.native.bfloat16())  # type: ignore[union-attr]
@@ -373,7 +373,7 @@ def test_nothing_waits_for_the_device_but_metrics(family: str) -> None:
 def best_rate(num_experts: int, kind: str, rates: list[float]) -> float:
     """The rate that brings routers with skewed logits to a max-over-mean load of 1.3 in the fewest steps."""
     top_k = num_experts // 4
-    gate = Gate(kind, True, None, ("mul", 1.0), None, True, top_k) if kind != "probability" else None
+    gate = Gate(kind, top_k) if kind != "probability" else None
     needed = {}
     for rate in rates:
         generator = torch.Generator().manual_seed(num_experts)
@@ -444,7 +444,7 @@ def text() -> PackedDataset:
 def fit(
     family: str, folder: Path, text: PackedDataset, callback: LoadBalancingCallback, resume: Any = None, **settings: Any
 ) -> Any:
-    changes = {"n_group": 1} if family == NATIVE else {}
+    changes: dict[str, Any] = {"n_group": 1} if family == NATIVE else {}
     arguments: dict[str, Any] = {
         "max_steps": 6,
         "per_device_train_batch_size": 2,

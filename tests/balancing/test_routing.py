@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from moe_param import BalanceError, LoadBalancer, RoutingError
+from moe_param.balancing import routing
 from moe_param.balancing.routing import find_routes
-from tests.models import CORE, FAMILIES, build, tokens
+from moe_param.structure.adapters import Adapter, adapter_for
+from tests.models import CORE, FAMILIES, build, tiny_config, tokens
 
 # Why these cannot be balanced; they can be counted.
 REFUSED = {
-    "diffusion_gemma": "gates carry a learned scale per expert",
-    "gemma4": "gates carry a learned scale per expert",
-    "phimoe": "sparsemixer: gates depend on the order of selection",
-    "zaya": "a ninth class, which indices do not show, skips the experts",
+    "diffusion_gemma": "its gates carry a learned scale per expert",
+    "gemma4": "its gates carry a learned scale per expert",
+    "phimoe": "sparsemixer: its gates depend on the order of selection",
+    "zaya": "a further class skips the experts, and indices do not show it",
 }
 PARTLY = {"deepseek_v4": "some of its layers route by a hash of the token"}
 NATIVE = {  # the families with a selection bias of their own
@@ -99,7 +101,7 @@ def _partly(model: Any) -> LoadBalancer:
 @pytest.mark.parametrize("family", sorted(set(REFUSED) & set(FAMILIES)))
 def test_what_cannot_be_balanced_is_refused_and_counted(family: str) -> None:
     model = build(family)
-    with pytest.raises(BalanceError, match="no router of this model can be balanced"):
+    with pytest.raises(BalanceError, match=f"(?s)no router of this model can be balanced.*{REFUSED[family]}"):
         LoadBalancer(model, rate=0.1, inject=True)
     balancer = LoadBalancer(model.train(), rate=0, inject=True)
     run(model)
@@ -192,8 +194,24 @@ def test_softmax_routers_are_biased_in_logit_space() -> None:
     assert indices[0, 0] == best.indices[0, 0]
 
 
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - NATIVE - set(REFUSED)))
+def test_what_is_declared_of_a_gate_is_needed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every router is what is declared of it, to the last bit; without its family's entry it is refused."""
+    grouped: dict[str, Any] = {
+        "n_group": 4,
+        "topk_group": 1,
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 2,
+    }
+    model = build(family, **(grouped if "groups" in adapter_for(tiny_config(family)).gate else {}))
+    assert not any(route.fixed for route in find_routes(model, inject=True))
+    if adapter_for(model.config).gate:
+        monkeypatch.setattr(routing, "adapter_for", lambda config: Adapter())
+        assert all("come out differently" in route.fixed for route in find_routes(model, inject=True))
+
+
 def test_a_router_that_cannot_be_repeated_is_refused() -> None:
-    """The probe looks at what a router does, not at its name."""
+    """What is declared is held against what a router does."""
     from transformers.models.qwen3_moe import modeling_qwen3_moe as family
 
     forward = family.Qwen3MoeTopKRouter.forward
