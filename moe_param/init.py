@@ -176,16 +176,14 @@ def _special(
     """This process's part of a parameter with an initialization of its own (decays, time steps), seeded by name.
 
     Asked of the innermost `PreTrainedModel` that owns it, as transformers does, on a copy of its module on the CPU, so
-    that neither order nor device decides the values.
+    that neither order nor device decides the values, and nothing else is written (some rescale parts of the module).
 
     Raises:
         WeightsError: transformers leaves some of it unwritten.
     """
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    twin = object.__new__(type(module))  # copy.copy would run __init__ on modules that fully_shard took over
-    twin.__dict__.update(module.__dict__)
-    twin._parameters = {key: None if p is None else _blank(p, key == leaf) for key, p in module._parameters.items()}
+    twin = _shell(module, leaf)
     part: torch.nn.Module = model
     initializer = model
     for step in filter(None, owner.split(".")):
@@ -206,7 +204,21 @@ def _special(
     return values if law.std in (0.0, 1.0) else values * law.std
 
 
-def _blank(parameter: torch.nn.Parameter, wanted: bool) -> torch.nn.Parameter:
-    """NaN in memory of the CPU for the wanted one, for others only a size; neither is marked as initialized."""
-    blank = torch.full(parameter.shape, math.nan, dtype=parameter.dtype, device="cpu" if wanted else "meta")
-    return torch.nn.Parameter(blank, requires_grad=parameter.requires_grad)
+def _shell(module: torch.nn.Module, wanted: str | None = None) -> Any:
+    """A copy that an initializer may write into without touching the model, down to the parts of its parts.
+
+    The wanted parameter has memory on the CPU, full of NaN; others have only a size. None is marked as initialized.
+    """
+    shell: Any = object.__new__(type(module))  # copy.copy would run __init__ on modules that fully_shard took over
+    shell.__dict__.update(module.__dict__)
+    shell._parameters = {
+        name: None
+        if p is None
+        else torch.nn.Parameter(
+            torch.full(p.shape, math.nan, dtype=p.dtype, device="cpu" if name == wanted else "meta"), p.requires_grad
+        )
+        for name, p in module._parameters.items()
+    }
+    shell._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    shell._modules = {name: None if m is None else _shell(m) for name, m in module._modules.items()}
+    return shell

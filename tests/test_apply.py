@@ -37,8 +37,9 @@ BASE = Shape(width=32, depth=2, num_experts=4, top_k=1, expert_size=48)
 def snapshot(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     values = {name: t if t.is_meta else t.detach().clone() for name, t in tensors.items()}
-    config = copy.deepcopy(model.config.to_dict())
-    config["experts"] = model.config._experts_implementation
+    found = getattr(getattr(model, "module", model), "config", None)  # a wrapper's is inside
+    config = copy.deepcopy(found.to_dict()) if found is not None else {}
+    config["experts"] = found._experts_implementation if found is not None else None
     return values, config
 
 
@@ -83,6 +84,70 @@ def extended() -> Any:
     model = build("mixtral")
     model.model.layers[0].adapter = torch.nn.Linear(64, 64)
     return model
+
+
+def adapters() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+
+
+def with_adapters() -> Any:
+    model = build("mixtral")
+    model.add_adapter(adapters())
+    return model
+
+
+def peft_of(model: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(model, adapters())
+
+
+def wrapped_by_peft() -> Any:
+    return peft_of(build("mixtral"))
+
+
+def refusing() -> Any:
+    """As transformers refuses to leave "deepgemm_megamoe", but at the worst moment."""
+    model = build("mixtral")
+
+    def set_experts_implementation(name: str) -> None:
+        model.config._experts_implementation_internal = name
+        raise RuntimeError(f"cannot switch to {name}")
+
+    model.set_experts_implementation = set_experts_implementation
+    return model
+
+
+def nemotron(init_weights: Callable[[Any, Any], None]) -> Any:
+    """A model whose inner part initializes what is special about it in its own way."""
+    model = build("nemotron_h")
+    inner = type(model.model)
+    model.model.__class__ = type("Inner", (inner,), {"_init_weights": init_weights})
+    return model
+
+
+def failing_at_last() -> Any:
+    """The special values of its last mixer cannot be computed: those before it must not have been written."""
+
+    def init_weights(inner: Any, module: Any) -> None:
+        if hasattr(module, "dt_bias") and module.layer_idx == mixers[-1]:
+            raise RuntimeError("no decay for this layer")
+        super(type(inner), inner)._init_weights(module)
+
+    model = nemotron(init_weights)
+    mixers = [m.layer_idx for m in model.modules() if hasattr(m, "dt_bias")]
+    assert len(mixers) > 1
+    return model
+
+
+def forgetful() -> Any:
+    def init_weights(inner: Any, module: Any) -> None:
+        if not hasattr(module, "dt_bias"):
+            super(type(inner), inner)._init_weights(module)
+
+    return nemotron(init_weights)
 
 
 def reload() -> Any:
@@ -195,6 +260,50 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] =
     "quantized, rates only": (quantized, {"reinit": False}, ParameterizationError, "MixtralForCausalLM is quantized"),
     "weights its config does not build": (resized, {}, ShapeError, r"lm_head\.weight.*\(128, 64\).*\(130, 64\)"),
     "modules its config does not build": (extended, {}, ShapeError, r"adapter\.weight: not in what its config builds"),
+    "compiled": (
+        lambda: torch.compile(build("mixtral")),
+        {},
+        ParameterizationError,
+        r"pass the model inside \(model\._orig_mod\)",
+    ),
+    "wrapped": (
+        lambda: torch.nn.DataParallel(build("mixtral")),
+        {},
+        ParameterizationError,
+        r"got DataParallel: .*model\.module",
+    ),
+    "no model": (
+        lambda: torch.nn.Linear(2, 2),
+        {},
+        ParameterizationError,
+        "expected a transformers PreTrainedModel, got Linear",
+    ),
+    "with adapters": (
+        with_adapters,
+        {},
+        ParameterizationError,
+        "MixtralForCausalLM has PEFT adapters.*before it gets them",
+    ),
+    "wrapped by PEFT": (wrapped_by_peft, {}, ParameterizationError, "PeftModel.* has PEFT adapters.*base model before"),
+    "folds of weights to be written": (mixtral, {"folds": False}, ParameterizationError, "pass reinit=False"),
+    "experts that transformers refuses": (
+        refusing,
+        {"experts": "batched_mm"},
+        ParameterizationError,
+        "transformers cannot set the experts implementation 'batched_mm': cannot switch",
+    ),
+    "an initializer that fails at last": (
+        failing_at_last,
+        {"base_shape": tiny_config("nemotron_h")},
+        RuntimeError,
+        "no decay for this layer",
+    ),
+    "a parameter nobody initializes": (
+        forgetful,
+        {"base_shape": tiny_config("nemotron_h")},
+        moe_param.WeightsError,
+        r"Inner\._init_weights leaves model\..* unwritten.*let it initialize the \w+ of NemotronHMamba2Mixer",
+    ),
     "unknown experts implementation": (mixtral, {"experts": "megablock"}, ParameterizationError, "'megablock'"),
 }
 
@@ -272,7 +381,8 @@ def test_a_shape_and_a_config_are_the_same_base() -> None:
 def test_rates_only_leave_the_weights_alone() -> None:
     model, other = mixtral(), mixtral()
     before = weights(model)
-    rates = moe_param.apply(model, BASE, reinit=False, experts=None)
+    with pytest.warns(UserWarning, match=r"o_proj\.weight: 0\.5\)\. Pass folds=False"):
+        rates = moe_param.apply(model, BASE, reinit=False, experts=None)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert rates.rules == moe_param.apply(other, BASE, seed=1, experts=None).rules
     assert not any(torch.equal(p, before[name]) for name, p in other.named_parameters() if "embed" in name)
@@ -288,13 +398,29 @@ def test_rates_only_leave_the_weights_alone() -> None:
 def test_the_experts_backend_is_set_where_one_is_named() -> None:
     model = mixtral()
     before = model.config._experts_implementation
-    moe_param.apply(model, BASE, seed=1, experts=None)
+    moe_param.apply(model, BASE, seed=1)  # a parameterization does not choose kernels
     assert model.config._experts_implementation == before
     for name in ("eager", "batched_mm"):
         moe_param.apply(model, BASE, experts=name, reinit=False)
         assert model.config._experts_implementation == name
     moe_param.apply(model, BASE, experts="auto", reinit=False)  # on a CPU: transformers' choice stays
     assert model.config._experts_implementation == "batched_mm"
+
+
+# -- weights that were not trained under the rules -------------------------------------------------------------------
+def test_only_weights_without_folds_are_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    for folds in (False, True):  # it was said
+        moe_param.apply(mixtral(), BASE, reinit=False, folds=folds)
+    moe_param.apply(mixtral(), tiny_config("mixtral"), reinit=False)  # at the base nothing is folded
+    model = mixtral()
+    ours = moe_param.apply(model, BASE, seed=1)  # its weights carry the folds
+    assert moe_param.apply(model, BASE, reinit=False).rules == ours.rules
+    assert not recwarn.list
+    model = mixtral()
+    bare = moe_param.apply(model, BASE, reinit=False, folds=False)
+    assert Parameterization.from_model(model) == bare and {r.multiplier for r in bare.rules.values()} == {1.0}
+    with pytest.warns(UserWarning, match="folds=False"):  # a record, but of weights without
+        moe_param.apply(model, BASE, reinit=False)
 
 
 # -- the forward pass is not touched ---------------------------------------------------------------------------------
@@ -396,6 +522,36 @@ def test_a_checkpoint_whose_record_is_not_its_own(
         Parameterization.from_model(loaded)
     assert_untouched(loaded, before)
     assert Parameterization.from_model(edited(tmp_path, lambda record: None)).base_shape.width == 32
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_keeps_its_rules(tied: bool, tmp_path: Path) -> None:
+    model = build("mixtral", tie_word_embeddings=tied)
+    ours = moe_param.apply(model, BASE, seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded.resize_token_embeddings(140)
+    with pytest.warns(UserWarning, match=r"vocabulary was resized .*128 rows, now 140"):
+        theirs = Parameterization.from_model(loaded)
+    for name, rule in theirs.rules.items():
+        rows = {"shape": (140, 64)} if rule.role in ("embedding", "unembedding") else {}
+        assert rule == dataclasses.replace(ours.rules[name], **rows)
+    groups = theirs.param_groups(loaded, lr=1e-3)
+    assert sum(len(g["names"]) for g in groups) == len(theirs.rules)
+    loaded.model.layers[0].mlp.experts.down_proj.data = torch.zeros(9, 64, 96)  # other rows are no vocabulary
+    with pytest.warns(UserWarning), pytest.raises(ShapeError, match="down_proj"):
+        Parameterization.from_model(loaded)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel, peft_of], ids=["compile", "dp", "peft"])
+def test_rules_are_read_from_the_model_inside(wrap: Callable[[Any], Any]) -> None:
+    model = mixtral()
+    ours = moe_param.apply(model, BASE, seed=1)
+    wrapped = wrap(model)
+    with pytest.raises(ParameterizationError, match=r"model inside|PEFT adapters"):
+        Parameterization.from_model(wrapped)
+    if not hasattr(wrapped, "peft_config"):
+        assert Parameterization.from_model(model) == ours
 
 
 def test_a_model_without_a_record_says_so() -> None:

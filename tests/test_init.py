@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 import moe_param
 from moe_param import Parameterization, scale_config
 from moe_param.init import BLOCK
-from tests.models import CORE, build, classes, tiny_config
+from tests.models import CORE, FAMILIES, build, classes, tiny_config
 
 SOME = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "jamba")
 
@@ -284,6 +285,44 @@ def test_state_space_parameters_keep_the_law_transformers_gives_them() -> None:
     uniform = torch.linspace(low, high, 4096, dtype=torch.float64)
     assert distance(position, uniform) < 2.3
     assert distance(position, torch.linspace(low, high + 1, 4096, dtype=torch.float64)) > 2.3
+
+
+class Head(PreTrainedModel):
+    """A plain head on a model that initializes parts of its own."""
+
+    config_class = classes("glm5_next")[1] if "glm5_next" in FAMILIES else None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.model = classes("glm5_next")[0](config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        return self.lm_head(self.model(input_ids, **options).last_hidden_state)
+
+
+@pytest.mark.skipif("glm5_next" not in FAMILIES, reason="this transformers has no glm5_next")
+def test_a_part_with_an_initialization_of_its_own_is_asked_for_it() -> None:
+    """What the outer model's initializer does not know kept the memory it was built in, NaN among it."""
+    inner = build("glm5_next")
+    moe_param.apply(inner, inner.config, seed=1)
+    values = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = Head(tiny_config("glm5_next"))
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(math.nan)
+        moe_param.apply(model, model.config, seed=seed, reinit=True)
+        assert all(p.isfinite().all() for p in model.parameters())
+        values.append(torch.cat([p.detach() for n, p in model.named_parameters() if n.endswith("dt_bias")]))
+        steps = torch.log(nn.functional.softplus(values[-1].double()))
+        assert math.log(1e-3) - 1e-3 < steps.min() < steps.max() < math.log(1e-1) + 1e-3
+    assert not torch.equal(*values)
 
 
 # -- sharded: see tests/distributed ----------------------------------------------------------------------------------

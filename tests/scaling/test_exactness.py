@@ -164,6 +164,30 @@ def test_other_parameterizations_do_not_pass_for_ours(case: str, spec: str) -> N
     assert ours != pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.parametrize("case", ["mixtral_tied", "deepseek_v3_unnormalized"])
+def test_rates_without_folds_are_those_of_a_twin_whose_weights_are_larger(case: str) -> None:
+    """Weights that were not trained under the rules are, in a model with multipliers a in its forward pass, 1/a times
+    too large. Without folds every step is then 1/a times the table's, as large against its weight as the rules mean."""
+    family, base_sizes, target_sizes, d, normalized = CASES[case]
+    base_config = tiny_config(family, **{**BASE, **base_sizes})
+    base, r = build(family, base_config), Ratios(n=3.0, l=2.0, k=3.0, h=3.0, d=d)
+    plain = build(family, tiny_config(family, **{**TARGET, **target_sizes})).double()
+    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    twin, groups, table = explicit_twin(case, plain, base, r, normalized)
+    for (_, line), group in zip(table.items(), groups, strict=True):
+        group["lr"] /= line.multiplier
+        group["weight_decay"] *= line.multiplier  # a step shrinks as before
+    theirs = train(twin, groups, steps=8)
+    losses = {}
+    for folds in (False, True):
+        plain.load_state_dict(start, strict=False)
+        rates = moe_param.apply(plain, base_config, reinit=False, folds=folds)
+        losses[folds] = train(plain, rates.param_groups(plain, lr=LR, eps=EPS, weight_decay=DECAY), steps=8)
+    assert losses[False][0] - losses[False][-1] > 0.05
+    assert losses[False] == pytest.approx(theirs, rel=1e-9)
+    assert losses[True] != pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_initial_scales_are_those_of_the_tables(case: str) -> None:
     folded, base, parameterization, r, normalized = setup(case)
