@@ -58,7 +58,8 @@ def byte_windows(documents: list[Path], rows: int, length: int, *, seed: int, vo
     if vocabulary < 128:
         raise InputError(f"text as bytes needs a vocabulary of at least 128 ids, the model has {vocabulary}: give ids")
     random = np.random.default_rng(seed)
-    left, found = list(documents), []
+    left = list(documents)
+    found: list[np.ndarray] = []
     while len(found) < rows and left:
         at = int(random.integers(len(left)))
         ids = np.frombuffer(left[at].read_bytes(), np.uint8)

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING
 from moe_param.cli.configs import CONFIG_HELP, load_config, scaled
 from moe_param.cli.parsing import parse
 from moe_param.errors import InputError
+from moe_param.folder_lock import folder_lock
+from moe_param.naming import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from moe_param.checks.coordinates import CoordCheck
+
+WORDS = {"passed": "passed", "failed": "FAILED", "undecided": "UNDECIDED"}
+EXIT_CODES = {"passed": 0, "failed": 1, "undecided": 3}
+"""2 is that of a wrong input, for every command."""
 
 
 @dataclass
@@ -34,10 +40,14 @@ class CoordCheckArguments:
         default=None, metadata={"help": "Parameterization: a preset or a YAML file. Default: moe-completep."}
     )
     steps: int = field(default=5, metadata={"help": "AdamW steps."})
-    seeds: int = field(default=3, metadata={"help": "Initializations."})
+    seeds: int = field(default=5, metadata={"help": "Initializations and texts; more of them narrow the intervals."})
     lr: float = field(default=2**-8, metadata={"help": "The one learning rate of all runs."})
     tokens: str | None = field(
-        default=None, metadata={"help": "Token ids to train on: a .npy file, (batch, length). Default: random ids."}
+        default=None,
+        metadata={
+            "help": "What to train on: a .npy file of ids, (batch, length), or a .txt file, read as bytes. Default: "
+            "the Python standard library's sources, as bytes."
+        },
     )
     processes: int = field(default=1, metadata={"help": "Runs at a time, at most one per core."})
 
@@ -45,7 +55,7 @@ class CoordCheckArguments:
 def main(argv: Sequence[str]) -> int:
     """Trains the architecture at several sizes for a few steps. Writes AXIS.png and AXIS.json to the folder.
 
-    Exit code 1 if a quantity grows or vanishes.
+    Exit code 0 if everything passed, 1 if a quantity grows or vanishes, 3 if more seeds are needed to tell.
     """
     (args,) = parse(
         [CoordCheckArguments], argv, prog="moe-param coord-check", description=main.__doc__, config=CONFIG_HELP
@@ -54,36 +64,42 @@ def main(argv: Sequence[str]) -> int:
     from transformers.utils import logging
 
     from moe_param.checks.coordinates import coord_check
+    from moe_param.checks.verdicts import overall
     from moe_param.scaling.spec import DEFAULT_SPEC
     from moe_param.structure.shape import AXES, Shape
 
     logging.set_verbosity_error()
+    axes = args.axis or AXES
+    for name in axes:
+        if name not in AXES:
+            raise InputError(f"--axis: unknown axis {name!r}{nearest(name, AXES)}")
+    multiples, out = factors(args.factors), Path(args.out)
     config = load_config(args.config)
     shape = Shape.from_config(scaled(config, "--base", args.base))
-    multiples, batch, out = factors(args.factors), read_tokens(args.tokens), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    console, passed = Console(), True
-    for name in args.axis or AXES:
-        result = coord_check(
-            config,
-            shape,
-            axis=name,
-            factors=multiples,
-            spec=args.spec or DEFAULT_SPEC,
-            steps=args.steps,
-            seeds=args.seeds,
-            lr=args.lr,
-            batch=batch,
-            processes=args.processes,
-            resume=out / "finished.jsonl",
-            progress=True,
-        )
-        result.plot(out / f"{name}.png")
-        result.to_json(out / f"{name}.json")
-        passed = passed and result.passed
-        console.print(table(result))
+    batch = read_tokens(args.tokens, config.get_text_config().vocab_size)
+    console, statuses = Console(), []
+    with folder_lock(out, "coord-check"):
+        for name in axes:
+            result = coord_check(
+                config,
+                shape,
+                axis=name,
+                factors=multiples,
+                spec=args.spec or DEFAULT_SPEC,
+                steps=args.steps,
+                seeds=args.seeds,
+                lr=args.lr,
+                batch=batch,
+                processes=args.processes,
+                resume=out / "finished.jsonl",
+                progress=True,
+            )
+            result.plot(out / f"{name}.png")
+            result.to_json(out / f"{name}.json")
+            statuses.append(result.status)
+            console.print(table(result))
     console.print(f"pictures and numbers are in {out}")
-    return 0 if passed else 1
+    return EXIT_CODES[overall(statuses)]
 
 
 def factors(text: str) -> list[float]:
@@ -94,34 +110,50 @@ def factors(text: str) -> list[float]:
         raise InputError(f"--factors: numbers with commas between them, got {text!r}") from None
 
 
-def read_tokens(path: str | None) -> Tensor | None:
-    """The ids in a .npy file, (batch, length)."""
+def read_tokens(path: str | None, vocabulary: int) -> Tensor | None:
+    """The ids in a .npy file, (batch, length), or a batch of windows of a .txt file.
+
+    Raises:
+        InputError: no such file, another kind of file, no array in it, no text that is long enough.
+    """
     if path is None:
         return None
     import numpy
     import torch
 
-    batch = torch.from_numpy(numpy.load(path)).long()
-    if batch.dim() != 2:
-        raise InputError(f"--tokens: {path} must hold a (batch, length) array, found {tuple(batch.shape)}")
-    return batch
+    from moe_param.checks.coordinates import LENGTH, ROWS
+    from moe_param.corpus import byte_windows
+
+    file = Path(path)
+    if file.suffix not in (".npy", ".txt"):
+        raise InputError(f"--tokens: {path} is neither a .npy file of ids, (batch, length), nor a .txt file")
+    if not file.is_file():
+        raise InputError(f"--tokens: no file {path}")
+    if file.suffix == ".txt":
+        return torch.from_numpy(byte_windows([file], ROWS, LENGTH, seed=0, vocabulary=vocabulary))
+    try:
+        ids = numpy.load(file, allow_pickle=False)
+        return torch.from_numpy(ids.astype(numpy.int64, casting="same_kind"))
+    except (ValueError, EOFError, TypeError) as error:  # TypeError: not whole numbers
+        reason = "it holds no plain array of whole numbers"
+        raise InputError(f"--tokens: {path} cannot be used, {reason}: save one with numpy.save") from error
 
 
 def table(result: CoordCheck) -> object:
     """Slopes and verdicts."""
     from rich.table import Table
 
-    found = Table(title=f"{result.spec}, {result.axis}: {'passed' if result.passed else 'FAILED'}")
+    found = Table(title=f"{result.spec}, {result.axis}: {WORDS[result.status]}")
     for column in ("quantity", "initial size ~", "change ~", "verdict"):
         found.add_column(column)
     slopes = result.slopes
     for quantity, verdict in result.verdicts.items():
         start, change = slopes["init"][quantity], slopes["change"][quantity]
-        interval = f" [{change.low:+.2f}, {change.high:+.2f}]" if change.low == change.low else ""
         found.add_row(
             quantity,
             f"{result.axis}^{start.value:+.2f}",
-            f"{result.axis}^{change.value:+.2f}{interval}",
-            ("ok: " if verdict.passed else "FAILED: ") + verdict.reason,
+            f"{result.axis}^{change.value:+.2f} {change.interval}".rstrip(),
+            f"{WORDS[verdict.status]}: {verdict.reason}",
+            style=None if verdict.passed else "bold",
         )
     return found

@@ -19,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 import moe_param
 from moe_param import Parameterization
+from moe_param.ledger import read_lines
 
 
 def finite(value: Any) -> Any:
@@ -28,12 +29,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines; a last one cut short by a crash is left out."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class MetricsFile(TrainerCallback):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import BertConfig
 
 from moe_param import Shape, ShapeError, StructureError
-from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check, expert_activations
+from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
+from moe_param.checks.measure import expert_activations
+from moe_param.checks.verdicts import GROW, Slope, fit, judge
+from moe_param.errors import InputError
+from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.trace import is_experts
 from tests.models import build, tiny_config, tokens
 
@@ -34,16 +39,93 @@ def test_an_interrupted_check_resumes(tmp_path: Path) -> None:
     whole = small(resume=log)
     lines = log.read_text().splitlines()
     assert len(lines) == 4
-    log.write_text("\n".join(lines[:3]) + "\n")
     marked = json.loads(lines[0])
-    marked["loss"][0] = 123.0  # a finished run is taken from the file, not repeated
-    log.write_text("\n".join([json.dumps(marked), *lines[1:3]]) + "\n")
+    marked["record"]["loss"][0] = 123.0  # a finished run is taken from the file, not repeated
+    log.write_text("\n".join([json.dumps(marked), *lines[1:3], lines[3][:100]]))  # a kill cut the last line short
     again = small(resume=log)
     assert again.records[0]["loss"][0] == 123.0
     assert again.records[1:] == whole.records[1:]
+    assert [json.loads(line) for line in log.read_text().splitlines()][1:] == [json.loads(line) for line in lines[1:]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lr": 2**-5},
+        {"spec": "standard"},
+        {"batch": tokens(128, 4, 32, seed=9)},
+        {"config": tiny_config("mixtral", **SIZES, intermediate_size=16, hidden_act="gelu")},
+        {"config": tiny_config("qwen3_moe", **SIZES, moe_intermediate_size=16, mlp_only_layers=[])},
+    ],
+    ids=["lr", "spec", "batch", "config", "model class"],
+)
+def test_runs_of_other_settings_are_not_taken_for_these(tmp_path: Path, changes: dict[str, Any]) -> None:
+    log = tmp_path / "runs.jsonl"
+    quick: dict[str, Any] = {"axis": "width", "factors": (1, 2), "steps": 1, "seeds": 1, "config": CONFIG}
+    first = coord_check(base_shape=BASE, resume=log, **quick)
+    other = coord_check(base_shape=BASE, resume=log, **(quick | changes))
+    assert other.records != first.records
     assert len(log.read_text().splitlines()) == 4
-    other = small(resume=log, lr=2**-5)  # other numbers are other runs
-    assert other.records[0]["loss"][0] != 123.0
+
+
+def test_a_file_that_holds_something_else_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "runs.jsonl"
+    log.write_text("{}\nhello\n")
+    with pytest.raises(InputError, match=r"runs\.jsonl, line 2"):
+        small(resume=log)
+
+
+def wrong_router(exponent: float) -> ScalingSpec:
+    """The default table, but the router's learning rate follows width with another exponent than -1."""
+    table = ScalingSpec.load("moe-completep").to_dict()
+    table["roles"]["router"]["lr"] = {"fan_in": exponent} if exponent else {}
+    return ScalingSpec.from_dict({**table, "name": "wrong router"})
+
+
+def test_text_fails_a_wrong_router_rule_that_random_tokens_pass() -> None:
+    """On random ids a router learns nothing that stays: its change falls as width^-0.4, and hides half the error."""
+    config = tiny_config("mixtral", **SIZES, intermediate_size=32)
+    base = Shape(width=32, depth=1, num_experts=8, top_k=2, expert_size=32)
+    settings: dict[str, Any] = {"axis": "width", "factors": (1, 4), "seeds": 3}
+    half = wrong_router(-0.5)
+    on_random = coord_check(config, base, spec=half, batch=tokens(128, 4, 32), **settings)
+    assert on_random.verdicts["router_logits"].passed, on_random.verdicts
+    on_text = coord_check(config, base, spec=half, **settings)
+    assert on_text.slopes["change"]["router_logits"].value > GROW and not on_text.passed, on_text.verdicts
+    assert coord_check(config, base, spec=wrong_router(0), **settings).verdicts["router_logits"].status == "failed"
+    assert coord_check(config, base, **settings).slopes["change"]["router_logits"].value < 0  # the right rule
+
+
+def test_verdicts_of_planted_exponents() -> None:
+    def verdict(exponents: list[float], quantity: str = "logits", axis: str = "width") -> str:
+        points = [(seed, f, 3 * f**e) for seed, e in enumerate(exponents) for f in (1, 2, 4)]
+        return judge(quantity, fit(points), axis).status
+
+    assert verdict([0.0, 0.01, -0.01]) == "passed"
+    assert verdict([-0.5, -0.51, -0.49]) == "passed"
+    assert verdict([0.5, 0.51, 0.49]) == "failed"
+    assert verdict([-0.8, -0.81, -0.79]) == "failed"
+    assert verdict([0.15, 0.18, 0.12, 0.21]) == "undecided"  # 0.2 is within the interval
+    assert verdict([-2.0, 0.1, 2.0]) == "undecided"  # once "it stays"
+    assert verdict([-0.4, -0.41, -0.39], "residual") == "failed"
+    assert verdict([-0.4, -0.41, -0.39], "residual", "depth") == "passed"
+    assert verdict([0.1]) == "passed" and verdict([0.3]) == "failed"  # one seed: by the value
+    assert judge("logits", fit([(0, 1, 0.0), (0, 2, 0.0)]), "width").status == "undecided"  # it never moved
+    slope = fit([(seed, f, float(f)) for seed in (0, 1) for f in (1, 2)])
+    assert slope == Slope(1.0, 1.0, 1.0)
+
+
+def test_an_undecided_check_has_not_passed() -> None:
+    records = [
+        {"factor": f, "seed": s, "loss": [1.0], "init": {"logits": 1.0}, "change": [{"logits": value}]}
+        for s, grown in enumerate((0.1, 2.0, 30.0))
+        for f, value in ((1, 1.0), (2, grown))
+    ]
+    result = CoordCheck("width", (1, 2), "moe-completep", BASE, records)
+    assert result.status == "undecided" and not result.passed
+    assert "more seeds" in result.verdicts["logits"].reason
+    found = json.loads(result.to_json())
+    assert found["status"] == "undecided" and not found["passed"] and not found["verdicts"]["logits"]["passed"]
 
 
 def test_seeds_give_confidence_intervals() -> None:
@@ -86,16 +168,34 @@ def test_single_experts_add_up_to_the_experts_module(family: str) -> None:
         assert torch.allclose(summed, experts(hidden_states, index, weights), atol=1e-5)
 
 
-def test_bad_input() -> None:
-    with pytest.raises(CoordCheckError, match="unknown axis 'heads'"):
-        small(axis="heads")
-    with pytest.raises(CoordCheckError, match="at least two factors"):
-        small(factors=(2, 2))
-    with pytest.raises(CoordCheckError, match=r"width × 1\.25"):
-        small(factors=(1, 1.25))
-    with pytest.raises(CoordCheckError, match="not whole"):
-        small(factors=(1, 1.01))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"axis": "heads"}, "unknown axis 'heads'"),
+        ({"axis": "widht"}, "did you mean 'width'"),
+        ({"factors": (2, 2)}, "at least two factors"),
+        ({"factors": (1, -2)}, "above 0"),
+        ({"factors": (1, 1.25)}, r"width × 1\.25"),
+        ({"factors": (1, 1.01)}, "width × 1.01"),
+        ({"steps": 0}, "steps is 0"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"lr": 0.0}, "lr is 0"),
+        ({"batch": torch.full((2, 8), 128)}, "holds id 128, and the model has ids 0 to 127"),
+        ({"batch": torch.full((2, 8), -1)}, "holds id -1"),
+        ({"batch": torch.zeros(2, 8)}, "whole numbers"),
+        ({"batch": tokens(128, 2, 8)[0]}, "batch, length"),
+        ({"batch": tokens(128, 2, 1)}, "at least two ids"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CoordCheckError, match=message):
+        small(**changes)
+
+
+def test_models_that_cannot_be_checked() -> None:
     with pytest.raises(StructureError, match="no experts"):
         coord_check(BertConfig(), BASE, axis="width")
     with pytest.raises((ShapeError, CoordCheckError), match="sparsemixer"):
         coord_check(tiny_config("phimoe"), Shape.from_config(tiny_config("phimoe")), axis="num_experts")
+    with pytest.raises(InputError, match="vocabulary of at least 128 ids, the model has 100"):
+        coord_check(tiny_config("mixtral", **SIZES, vocab_size=100), BASE, axis="width")

@@ -27,7 +27,7 @@ def main() -> None:
     for name, spec in (("good", "moe-completep"), ("bad", "standard")):
         result = coord_check(config, base, axis="width", factors=factors, spec=spec, steps=8, seeds=seeds, lr=2**-8)
         result.plot(args.out / f"coord_{name}.png")
-        print(f"{spec}: {'passed' if result.passed else 'failed'}; wrote {args.out / f'coord_{name}.png'}")
+        print(f"{spec}: {result.status}; wrote {args.out / f'coord_{name}.png'}")
 
 
 if __name__ == "__main__":

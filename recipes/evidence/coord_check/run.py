@@ -24,6 +24,7 @@ import torch
 import transformers
 from rich.progress import track
 
+from moe_param.ledger import append, fingerprint, read_finished
 from moe_param.structure.shape import AXES
 
 SPECS = ("moe-completep", "standard")
@@ -88,6 +89,7 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
                 continue
             found[f"{axis}/{spec}"] = {
                 "passed": result.passed,
+                "status": result.status,
                 "slopes": {q: round(s.value, 3) for q, s in result.slopes["change"].items()},
                 "reasons": {q: v.reason for q, v in result.verdicts.items() if not v.passed},
             }
@@ -170,22 +172,17 @@ def main() -> None:
         parser.error(f"unknown families {unknown} (known: {', '.join(sorted(FAMILIES))})")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = (tuple(args.factors), args.steps, args.seeds, args.limit)
-    done: dict[str, dict[str, Any]] = {}
+    made_with = fingerprint({"settings": settings, "text": "stdlib", "transformers": transformers.__version__})
     log = args.out / "finished.jsonl"
-    if log.exists():
-        for line in log.read_text().splitlines():
-            row = json.loads(line)
-            if row["settings"] == json.loads(json.dumps(settings)):
-                done[row["family"]] = row
+    done = {row["family"]: row for row in read_finished(log) if row.get("made_with") == made_with}
     todo = [family for family in args.families if family not in done]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.processes, mp_context=context) as pool, log.open("a") as file:
+    with ProcessPoolExecutor(args.processes, mp_context=context) as pool:
         futures = [pool.submit(check_family, family, *settings) for family in todo]
         for future in track(as_completed(futures), total=len(futures), description="families"):
-            row = {**future.result(), "settings": settings}
+            row = {**future.result(), "made_with": made_with}
             done[row["family"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            append(log, row)
     rows = [done[family] for family in sorted(args.families)]
     command = (
         f"python -m recipes.evidence.coord_check.run --factors {' '.join(map(str, args.factors))} --steps {args.steps} "
