@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -94,8 +96,6 @@ def test_one_text_file_is_split_at_its_end(tmp_path: Path) -> None:
 
 
 def test_parquet_and_separate_validation_files(tmp_path: Path) -> None:
-    from datasets import Dataset
-
     for name in ("train", "validation"):
         Dataset.from_dict({"body": [f"{name} {i}" for i in range(20)]}).to_parquet(tmp_path / f"{name}.parquet")
     data = load_data(
@@ -282,3 +282,41 @@ def test_missing_split_of_a_data_set(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": "x"}])
     with pytest.raises(InputError, match="test"):
         load_data(DataArguments(dataset=str(tmp_path), train_split="test"))
+
+
+# -- files that are broken -------------------------------------------------------------------------------------------
+def broken_files(folder: Path) -> dict[str, bytes]:
+    """Name -> bytes of files that cannot be read to their end."""
+    lines = "".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(300)).encode()
+    Dataset.from_dict({"text": ["hello"] * 300}).to_parquet(folder / "whole.parquet")
+    return {
+        "latin.txt": "café\n".encode("latin-1") * 50,
+        "latin.jsonl": lines + b'{"text": "caf\xe9"}\n',
+        "cut.jsonl": lines[:-9],
+        "cut.jsonl.gz": gzip.compress(lines)[:-20],
+        "not.txt.gz": lines,
+        "cut.parquet": (folder / "whole.parquet").read_bytes()[:-30],
+    }
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_file_is_named_among_whole_ones(tmp_path: Path, streaming: bool) -> None:
+    for name, content in broken_files(tmp_path).items():
+        suffix = "".join(Path(name).suffixes)
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        whole = tmp_path / "whole.parquet" if suffix == ".parquet" else write_jsonl(folder / "a.jsonl", [{"text": "b"}])
+        if suffix not in (".jsonl", ".parquet"):  # of the same kind as the broken one
+            text = Path(whole).read_bytes()
+            whole = folder / f"a{suffix}"
+            whole.write_bytes(gzip.compress(text) if suffix.endswith("gz") else text)
+        (folder / name).write_bytes(content)
+        arguments = DataArguments(
+            train_files=[str(whole), str(folder / name)], seq_len=2, streaming=streaming, validation_fraction=0.3
+        )
+        with pytest.raises(InputError, match=rf"{name}: cannot be read to its end \(") as raised:
+            data = load_data(arguments)
+            assert isinstance(data.train, PackedStream)
+            for _ in itertools.islice(data.train.blocks(0, 1), 2000):
+                pass
+        assert "\n" not in str(raised.value)

@@ -34,8 +34,13 @@ class Data:
     description: str
 
 
-def load_data(args: DataArguments, seed: int = 0) -> Data:
-    tokenizer = load_tokenizer(args.tokenizer)
+def load_data(args: DataArguments, seed: int = 0, tokenizer: ByteTokenizer | HFTokenizer | None = None) -> Data:
+    """The text that `args` ask for, in blocks of tokens; `tokenizer` is that of `args`, if it was loaded already.
+
+    Raises:
+        InputError: text that is not there, cannot be read or is too short.
+    """
+    tokenizer = tokenizer or load_tokenizer(args.tokenizer)
     if args.dataset == "stdlib" and not args.train_files:
         if args.streaming:
             raise InputError("dataset 'stdlib' does not stream: leave streaming unset")
@@ -58,7 +63,7 @@ def _local_tokens(args: DataArguments, tokenizer: Tokenizer, name: str) -> tuple
     """(training tokens, validation tokens, how they were split)."""
 
     def read(files: list[str] | None, split: str) -> list[str]:
-        texts = list(column(documents(args, files, split), args.text_column, name))
+        texts = list(column(documents(args, files, split), args.text_column, name, files))
         if not texts:
             raise InputError(f"{' '.join(files) if files else name}: no text in it")
         return texts
@@ -86,14 +91,14 @@ def _stream(args: DataArguments, tokenizer: ByteTokenizer | HFTokenizer, name: s
     source = documents(args, args.train_files, args.train_split)
 
     def texts(rows: Any) -> Iterator[str]:
-        for text in column(rows, args.text_column, name):
+        for text in column(rows, args.text_column, name, args.train_files):
             if separate or not held_out_by_hash(text, args.validation_fraction):
                 yield text
 
-    held_out = column(source, args.text_column, name)
+    held_out = column(source, args.text_column, name, args.train_files)
     if separate:
         other = documents(args, args.validation_files, args.validation_split or args.train_split)
-        held_out = column(other, args.text_column, name)
+        held_out = column(other, args.text_column, name, args.validation_files)
     taken: list[np.ndarray] = []
     read = size = 0
     for text in held_out:

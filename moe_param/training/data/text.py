@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import glob
 import itertools
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 
 from moe_param.corpus import document_bytes, stdlib_split
-from moe_param.errors import InputError
+from moe_param.errors import InputError, MoeParamError
 
 BUILDERS = {
     ".txt": "text",
@@ -147,15 +149,51 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int = 256) -> Ite
         yield from tokenizer.encode(chunk)
 
 
-def column(rows: Iterable[dict[str, Any]], name: str, source: str) -> Iterator[str]:
-    for row in rows:
-        if name not in row:
-            raise InputError(f"{source}: no column {name!r} (it has: {', '.join(row)}): set text_column")
-        text = row[name]
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{source}: column {name!r} holds {type(text).__name__}, not text: set text_column")
-        if text:
-            yield text
+UNREADABLE = (ValueError, EOFError, OSError, zlib.error)
+"""What `datasets` lets through of a file that is cut short, damaged or not UTF-8 (pyarrow's are ValueErrors)."""
+
+
+@contextmanager
+def readable(source: str, files: Sequence[str] | None) -> Iterator[None]:
+    """Raises what goes wrong in reading as an InputError that names the file among `files`, or else the `source`."""
+    try:
+        yield
+    except MoeParamError:
+        raise
+    except UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{_broken(files or ()) or source}: cannot be read to its end ({reason}); text has to be UTF-8, and files "
+            "whole: mend it or leave it out"
+        ) from error
+
+
+def _broken(files: Sequence[str]) -> str | None:
+    """The first file that cannot be read by itself."""
+    for path in (path for pattern in files for path in _matches(pattern)):
+        try:
+            for _ in _load(_builder(path), [path], "train"):
+                pass
+        except UNREADABLE:
+            return path
+    return None
+
+
+def column(rows: Iterable[dict[str, Any]], name: str, source: str, files: Sequence[str] | None) -> Iterator[str]:
+    """The texts in a column of `rows`, which were read of `files` (None: of a data set); empty ones are left out.
+
+    Raises:
+        InputError: no such column, something else than text in it, or rows that cannot be read; `source` is named.
+    """
+    with readable(source, files):
+        for row in rows:
+            if name not in row:
+                raise InputError(f"{source}: no column {name!r} (it has: {', '.join(row)}): set text_column")
+            text = row[name]
+            if text is not None and not isinstance(text, str):
+                raise InputError(f"{source}: column {name!r} holds {type(text).__name__}, not text: set text_column")
+            if text:
+                yield text
 
 
 def documents(args: DataArguments, files: list[str] | None, split: str) -> Any:
@@ -168,10 +206,9 @@ def documents(args: DataArguments, files: list[str] | None, split: str) -> Any:
         builders = {_builder(path) for path in paths}
         if len(builders) > 1:
             raise InputError(f"{' '.join(files)}: several kinds of file ({', '.join(sorted(builders))}): give one")
-        builder = builders.pop()
-        options = {"sample_by": "document"} if builder == "text" else {}
         try:
-            return load_dataset(builder, data_files={split: paths}, split=split, streaming=True, **options)
+            with readable(" ".join(files), files):
+                return _load(builders.pop(), paths, split)
         except StopIteration:  # what datasets lets escape where the first .jsonl file is empty
             raise InputError(f"{paths[0]}: no text in it") from None
     try:
@@ -183,6 +220,13 @@ def documents(args: DataArguments, files: list[str] | None, split: str) -> Any:
         ) from error
     except ValueError as error:  # an unknown configuration or split; datasets lists the valid ones
         raise InputError(f"data set {args.dataset!r}: {error}") from error
+
+
+def _load(builder: str, paths: list[str], split: str) -> Any:
+    from datasets import load_dataset
+
+    options = {"sample_by": "document"} if builder == "text" else {}
+    return load_dataset(builder, data_files={split: paths}, split=split, streaming=True, **options)
 
 
 def _matches(pattern: str) -> list[str]:
