@@ -164,6 +164,8 @@ def build_config(model: str | None, model_type: str | None, overrides: Mapping[s
     Raises:
         TunedError: no such model, attributes that its config does not have.
     """
+    if model and not Path(model).exists() and (model.count("/") > 1 or model.startswith(("/", "./", "../", "~"))):
+        raise TunedError(f"no folder or file {model}, and it is no Hub id either (owner/name)")
     try:
         if model:
             config = AutoConfig.from_pretrained(model, **overrides)

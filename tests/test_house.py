@@ -16,7 +16,7 @@ PACKAGE = ROOT / "moe_param"
 FLOORS = (
     ("errors",),
     ("naming", "statistics", "folder_lock", "ledger", "corpus"),
-    ("experts",),
+    ("experts", "parsing"),
     ("structure",),
     ("scaling",),
     ("optim", "init"),
@@ -27,7 +27,8 @@ FLOORS = (
     ("checks",),
     ("training",),
     ("tuning",),
-    ("cli", "train"),
+    ("cli",),
+    ("train",),
 )
 """Rooms from the ground up. A room imports what lies below it, and nothing of its own floor but itself."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from moe_param.cli.configs import CONFIG_HELP, load_config
-from moe_param.cli.parsing import parse
+from moe_param.parsing import parse
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_param.cli.configs import CONFIG_HELP, load_config, scaled
-from moe_param.cli.parsing import parse
 from moe_param.errors import InputError
 from moe_param.folder_lock import folder_lock
 from moe_param.naming import nearest
+from moe_param.parsing import parse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_param.cli.configs import CONFIG_HELP, YAML, is_shape, load_config, scaled, sizes
-from moe_param.cli.parsing import parse
 from moe_param.errors import InputError
+from moe_param.parsing import parse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

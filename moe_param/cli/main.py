@@ -71,8 +71,8 @@ def guarded(prog: str, command: Callable[[], int | None]) -> None:
     warnings.showwarning = lambda message, *_, **__: say(prog, "warning", message)
     try:
         code = command() or 0
-    except KeyboardInterrupt:
-        say(prog, "interrupted", "the same command goes on from here where it can resume")
+    except KeyboardInterrupt as error:  # with what to do next, where a command knows it
+        say(prog, "interrupted", str(error) or "the same command goes on from here where it can resume")
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: nothing to tell it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str]) -> None:
     """See `moe_param.tuning.transfer`."""
-    from moe_param.cli.parsing import parse
+    from moe_param.parsing import parse
     from moe_param.tuning.transfer import CONFIG, TransferArguments, transfer
 
     (args,) = parse([TransferArguments], argv, prog="moe-param transfer", config=CONFIG)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str], evaluate: Evaluate | None = None) -> None:
 
 def read(argv: Sequence[str]) -> tuple[TuneArguments, ModelArguments, DataArguments, PretrainArguments]:
     """The arguments of the search, and those of training: a YAML file first, the command line over it."""
-    from moe_param.cli.parsing import parse
+    from moe_param.parsing import parse
     from moe_param.training.arguments import TRAINING_TYPES, file_defaults
     from moe_param.tuning.arguments import TuneArguments
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser, PretrainedConfig, TrainingArguments
+from transformers import CONFIG_MAPPING, PretrainedConfig, TrainingArguments
 
+from moe_param import parsing
 from moe_param.errors import InputError
+from moe_param.naming import parse_sizes
+from moe_param.parsing import check_keys, option_names
 from moe_param.scaling.spec import DEFAULT_SPEC
+from moe_param.structure.shape import SIZES
 from moe_param.training.data.text import DataArguments
 from moe_param.tuned import base_and_target, read_yaml
 
@@ -27,6 +31,20 @@ ALTERNATIVES = (
     ("model", "model_type"),
 )
 STEPS, WARMUP = 1000, 0.1  # where neither steps nor tokens are given
+
+
+CONFIG_HELP = (
+    "YAML file with any of the arguments below, which the command line overrides (what `moe-param tune` wrote, or "
+    "recipes/configs), or a model: the folder of a config, a Hub id, a model type."
+)
+DESCRIPTION = "Trains a Mixture-of-Experts model from scratch, at any size, with the numbers of its base."
+
+
+@dataclass
+class ConfigArgument:
+    """Where the other arguments are written down."""
+
+    config: str | None = field(default=None, metadata={"help": CONFIG_HELP})
 
 
 @dataclass
@@ -196,6 +214,8 @@ class PretrainArguments(TrainingArguments):
         self.lr_scheduler_type = SCHEDULES.get(self.lr_scheduler_type, self.lr_scheduler_type)
         if self.warmup_steps is None:
             self.warmup_steps = WARMUP
+        if not torch.accelerator.is_available():  # else launched processes without GPUs do not find each other
+            self.use_cpu = True
         try:
             super().__post_init__()
         except ValueError as error:
@@ -255,39 +275,60 @@ def set_horizon(args: PretrainArguments, seq_len: int, processes: int | None = N
 
 
 def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
-    """What was given for `name` in YAML, as JSON, or as NAME=VALUE,…"""
-    if isinstance(value, str) and "=" in value and not value.lstrip().startswith("{"):
-        value = dict(part.split("=", 1) for part in value.replace(" ", "").split(",") if "=" in part)
-        value = {key: int(text) if text.lstrip("-").isdigit() else text for key, text in value.items()}
-    elif isinstance(value, str):
+    """What was given for `name`: a mapping in YAML, JSON, or for sizes NAME=VALUE,…"""
+    if isinstance(value, str) and name not in ("overrides", "constants") and not value.lstrip().startswith("{"):
+        return dict(parse_sizes(value, SIZES, int, option=f"--{name}"))
+    if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise InputError(f"--{name} {value!r} is not JSON, nor name=value,… ({error})") from error
+            raise InputError(f"--{name} {value!r} is not JSON ({error})") from error
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{name} is {value!r}: expected a mapping")
     return value or {}
 
 
-def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, PretrainArguments]:
-    """YAML file first, command line over it."""
-    first = ArgumentParser(add_help=False)
-    first.add_argument("--config", help="YAML file with any of the arguments below.")
-    known, rest = first.parse_known_args(argv)
-    types = TRAINING_TYPES
-    parser = HfArgumentParser(types, prog="moe-param train", parents=[first], allow_abbrev=False)
-    names = [f.name for cls in types for f in fields(cls) if f.init]
-    if known.config:
-        parser.set_defaults(**file_defaults(known.config, rest))
-    model_args, data_args, args, _, unknown = parser.parse_args_into_dataclasses(
-        rest, look_for_args_file=False, return_remaining_strings=True
-    )
-    if unknown:
-        raise InputError(f"unknown argument {unknown[0]!r}{_nearest(unknown[0].lstrip('-'), names)}")
-    return model_args, data_args, args
-
-
 TRAINING_TYPES = (ModelArguments, DataArguments, PretrainArguments)
+
+
+def parse(
+    argv: Sequence[str], prog: str = "moe-param train"
+) -> tuple[ModelArguments, DataArguments, PretrainArguments]:
+    """The arguments of a run: CONFIG first (or as --config), the command line over what it says.
+
+    Raises:
+        InputError: an unknown argument, a value of the wrong type, arguments that contradict each other.
+        TunedError: a YAML file that cannot be read.
+    """
+    model, data, args, _ = parsing.parse(
+        (*TRAINING_TYPES, ConfigArgument),
+        argv,
+        prog=prog,
+        description=DESCRIPTION,
+        config=CONFIG_HELP,
+        defaults=config_defaults(argv),
+    )
+    return model, data, args
+
+
+def config_defaults(argv: Sequence[str]) -> dict[str, Any]:
+    """What the CONFIG in `argv` sets: a YAML file's values, or the model it is.
+
+    Raises:
+        InputError: CONFIG given first and as --config too; an unknown key in it. TunedError: a file that is not read.
+    """
+    first = ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    source = first.parse_known_args(argv)[0].config
+    if argv and not argv[0].startswith("-"):
+        if source is not None:
+            raise InputError(f"CONFIG is given twice: {argv[0]} and --config {source}")
+        source = argv[0]
+    if source is None:
+        return {}
+    if Path(source).suffix in (".yaml", ".yml"):
+        return file_defaults(source, argv)
+    return {"model_type" if source in CONFIG_MAPPING else "model": source}
 
 
 def file_defaults(path: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -297,21 +338,13 @@ def file_defaults(path: str, argv: Sequence[str]) -> dict[str, Any]:
         TunedError: a file that cannot be read. InputError: an unknown key in it.
     """
     values = read_yaml(path)
-    names = [f.name for cls in TRAINING_TYPES for f in fields(cls) if f.init]
-    for key in values:
-        if key not in names:
-            raise InputError(f"{path}: unknown key {key!r}{_nearest(key, names)}")
+    check_keys(path, values, option_names(TRAINING_TYPES))
     typed = {text.split("=")[0].lstrip("-").replace("-", "_") for text in argv if text.startswith("--")}
     for one, other in ALTERNATIVES:
         for given, replaced in ((one, other), (other, one)):
             if given in typed:
                 values.pop(replaced, None)
     return values
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {near[0]!r}?" if near else ": see python -m moe_param.training.pretrain --help"
 
 
 def build_configs(args: ModelArguments) -> tuple[PretrainedConfig, PretrainedConfig]:

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from moe_param.errors import MoeParamError
 
-class NonFiniteError(ArithmeticError):
+
+class NonFiniteError(MoeParamError, ArithmeticError):
     """Gradients or a loss that are not finite; the message names the first place where that is so."""
 
 

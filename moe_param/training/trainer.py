@@ -287,7 +287,8 @@ class PretrainTrainer(MoETrainer):
         staged = output / STAGING / name
         if self.args.should_save:
             shutil.rmtree(output / STAGING, ignore_errors=True)
-            staged.mkdir(parents=True)
+            staged.parent.mkdir()  # not its parents: an output_dir that was removed does not come back half empty
+            staged.mkdir()
         self.accelerator.wait_for_everyone()
         try:
             self._staging = str(output / STAGING)

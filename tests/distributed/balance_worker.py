@@ -20,6 +20,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_param import LoadBalancer
+from moe_param.training.processes import shutdown
 from tests.models import build, tokens
 
 RATE, STEPS, MICRO = 0.05, 3, 2
@@ -93,8 +94,7 @@ def main(folder: Path) -> None:
     found["folder"] = str(folder)
     found["control"] = train("deepseek_v3", "one rank", mesh, rank, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file recipes/accelerate/NAME.yaml -m tests.distributed.pretrain_worker FOLDER TASKS.json
 
-TASKS.json is a list of [name, arguments of moe_param.training.pretrain, what to plant]. Writes FOLDER/rankN.json.
+TASKS.json is a list of [name, arguments of moe_param.train, what to plant]. Writes FOLDER/rankN.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from moe_param.errors import MoeParamError
 from moe_param.training import pretrain
+from moe_param.training.processes import shutdown
 from moe_param.training.report import MetricsFile
 
 
@@ -50,8 +52,8 @@ def task(arguments: list[str], plant: str | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     pretrain.MetricsFile = watching(found, plant)  # type: ignore[misc]
     try:
-        found["summary"] = pretrain.main(arguments)
-    except pretrain.USER_ERRORS as error:
+        found["summary"] = pretrain.pretrain(*pretrain.parse(arguments))
+    except MoeParamError as error:
         found["error"] = str(error)
     return found
 
@@ -60,9 +62,7 @@ def main(folder: Path, tasks: list[Any]) -> None:
     torch.set_num_threads(1)
     found = {name: task(arguments, plant) for name, arguments, plant in tasks}
     (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

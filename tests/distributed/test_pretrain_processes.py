@@ -66,7 +66,6 @@ def arguments(folder: Path, output: str, files: list[str], *extra: str) -> list[
         "save_total_limit": 9,
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
         "output_dir": folder / output,
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 import moe_param
 from moe_param import Parameterization, Shape
 from moe_param.init import BLOCK
+from moe_param.training.processes import shutdown
 from tests.models import build, tokens
 
 BASE = Shape(width=32, depth=1, num_experts=3, top_k=1, expert_size=16)
@@ -217,8 +218,7 @@ def main(folder: Path) -> None:
     }
     found["unseeded"] = unseeded(rank)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    shutdown()
 
 
 if __name__ == "__main__":

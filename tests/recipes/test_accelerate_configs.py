@@ -34,10 +34,9 @@ def test_the_file_and_the_command_in_its_header(path: Path) -> None:
     assert command, "a command"
     words = shlex.split(command[0].replace("\\\n", " "))
     assert words[words.index("--config_file") + 1] == f"recipes/accelerate/{path.name}"
-    flags = words[words.index("moe_param.training.pretrain") + 1 :]
-    assert (FOLDER.parents[1] / flags[flags.index("--config") + 1]).is_file()
-    flags[flags.index("--config") + 1] = str(FOLDER.parents[1] / flags[flags.index("--config") + 1])
-    pretrain.parse([*flags, *([] if "--use_cpu" in flags else ["--use_cpu"]), "--bf16", "false"])
+    config_file, *flags = words[words.index("moe_param.train") + 1 :]
+    assert "--use_cpu" not in flags, "the configuration says it"
+    pretrain.parse([str(FOLDER.parents[1] / config_file), *flags, "--use_cpu", "--bf16", "false"])
 
 
 def test_the_slurm_script_is_one_for_bash_and_meets_where_slurm_says() -> None:

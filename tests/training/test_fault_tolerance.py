@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from moe_param.errors import MoeParamError
 from moe_param.training import pretrain
 from moe_param.training.checkpoints import MANIFEST, STAGING, CheckpointError, last_good, problem, publish
 from moe_param.training.data.batches import Batches
@@ -164,7 +165,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
     with files_no_larger_than(60_000), pytest.raises(CheckpointError) as raised:
         pretrain.main(arguments(copy, files, STEPS, "--resume"))
     message = str(raised.value)
-    assert "\n" not in message and isinstance(raised.value, pretrain.USER_ERRORS)
+    assert "\n" not in message and isinstance(raised.value, MoeParamError)
     assert "checkpoint-8 could not be written" in message and "the last good one is checkpoint-6" in message
     assert problem(copy / "checkpoint-6") is None
     assert not (copy / "checkpoint-8").exists() and not (copy / STAGING).exists()
@@ -209,7 +210,7 @@ def test_a_nan_stops_and_names_the_layer(tmp_path: Path, files: list[str], monke
     planted(monkeypatch, 5, spoil(CULPRIT, 5))
     with pytest.raises(NonFiniteError, match=rf"step 5 has non-finite gradients: the output of {CULPRIT} \(Linear\)"):
         pretrain.main(arguments(tmp_path / "run", files, STEPS))
-    assert isinstance(NonFiniteError(), pretrain.USER_ERRORS)
+    assert isinstance(NonFiniteError(), MoeParamError)
     assert last_good(tmp_path / "run") == tmp_path / "run" / "checkpoint-3"  # from before
 
 

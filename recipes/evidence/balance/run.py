@@ -32,7 +32,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moe_param import LoadBalancer
 from moe_param.balancing.gates import checked
 from moe_param.balancing.routing import find_routes
-from moe_param.cli.parsing import parse
+from moe_param.parsing import parse
 from moe_param.training.data.packing import PackedDataset
 from moe_param.training.report import finite, hardware, versions
 from moe_param.tuning.ledger import cores, run_all
