@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from moe_param.scaling.horizon import HorizonError, HorizonFactors, horizon_factors
     from moe_param.scaling.rules import ParameterizationError, Rule
     from moe_param.scaling.spec import ScalingSpec, SpecError
+    from moe_param.structure.adapters import AdapterError, register_adapter
     from moe_param.structure.roles import RoleError
     from moe_param.structure.scaling_config import scale_config
     from moe_param.structure.shape import Shape, ShapeError
+    from moe_param.structure.suggest import BaseSuggestion, suggest_base
     from moe_param.structure.trace import StructureError
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
 
@@ -50,16 +52,20 @@ _NAMES = {
     "scaling.horizon": ("HorizonError", "HorizonFactors", "horizon_factors"),
     "scaling.rules": ("ParameterizationError", "Rule"),
     "scaling.spec": ("ScalingSpec", "SpecError"),
+    "structure.adapters": ("AdapterError", "register_adapter"),
     "structure.roles": ("RoleError",),
     "structure.scaling_config": ("scale_config",),
     "structure.shape": ("Shape", "ShapeError"),
+    "structure.suggest": ("BaseSuggestion", "suggest_base"),
     "structure.trace": ("StructureError",),
     "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "AdapterError",
     "BalanceError",
+    "BaseSuggestion",
     "CoordCheck",
     "CoordCheckError",
     "HorizonError",
@@ -95,7 +101,9 @@ __all__ = [
     "load_selection_biases",
     "plan",
     "read_tuned",
+    "register_adapter",
     "scale_config",
+    "suggest_base",
 ]
 
 

@@ -19,7 +19,7 @@ from moe_param.parameterization import Parameterization
 from moe_param.record import check_plain, check_shapes
 from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
-from moe_param.structure.roles import read_structure
+from moe_param.structure.roles import check_routers, read_structure
 from moe_param.structure.scaling_config import scale_config
 from moe_param.structure.shape import Shape, ShapeError
 from moe_param.structure.trace import trace_model
@@ -77,6 +77,8 @@ def plan(
         given = target_shape if target_shape.head_dim else replace(target_shape, head_dim=target.shape.head_dim)
         if given != target.shape:
             raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
+    check_routers(target, "the target")
+    check_routers(base, "the base")
     _check_sparsity(base.shape, target.shape, allow_sparsity_change)
     rules = derive_rules(table, base, target, init_std, constants or {})
     return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants, numbers)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_param.scaling.spec import ROLES
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.regime import regime
 from moe_param.structure.roles import UNTRAINED, layer_pattern
 from moe_param.structure.shape import Shape
 
@@ -44,6 +45,12 @@ def rows(parameterization: Parameterization, full: bool = False) -> list[dict[st
     return found if full else sorted(found, key=lambda row: order[row["role"]])
 
 
+def regimes(parameterization: Parameterization) -> dict[str, dict[str, Any]]:
+    """On which side of the expert-size rule's crossover base and target are, and their α*; ready for JSON."""
+    shapes = {"base": parameterization.base_shape, "target": parameterization.shape}
+    return {name: regime(shape).to_dict() for name, shape in shapes.items()}
+
+
 def table(parameterization: Parameterization, full: bool = False) -> str:
     """The rules as text: one line per role and rule, or with `full` one per parameter."""
     from rich.console import Console
@@ -61,7 +68,8 @@ def rich_table(parameterization: Parameterization, full: bool = False, *, narrow
     table = Table(
         title=f"{parameterization.spec.name}: {_ratios(parameterization.base_shape, parameterization.shape)}",
         caption="fan-in: target / base. init std: '= c' is a constant. lr, eps, decay: factors on the base's "
-        "numbers. folded in: the forward multiplier that a parameter carries.",
+        "numbers. folded in: the forward multiplier that a parameter carries.\n"
+        f"base: {regime(parameterization.base_shape)}. target: {regime(parameterization.shape)}.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

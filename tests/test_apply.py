@@ -30,7 +30,7 @@ from moe_param import (
 from tests.models import build, classes, tiny_config, tokens
 from tests.structure.test_roles import WithProbes
 
-BASE = Shape(width=32, depth=2, num_experts=4, top_k=1, expert_size=48)
+BASE = Shape(width=32, depth=2, num_experts=16, top_k=4, expert_size=48)
 """A base for the tiny mixtral, which is 64 wide, 4 deep, with 2 of 8 experts of 96."""
 
 
@@ -191,7 +191,7 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] =
         "num_attention_heads = 4 into 2.5",
     ),
     "another head_dim in a Shape": (mixtral, {"base_shape": odd(head_dim=8)}, ShapeError, "head_dim = 8"),
-    "another sparsity": (mixtral, {"base_shape": odd(top_k=2)}, ParameterizationError, "activates 2 of 8 .* 2 of 4"),
+    "another sparsity": (mixtral, {"base_shape": odd(top_k=2)}, ParameterizationError, "activates 2 of 8 .* 2 of 16"),
     "unknown spec": (mixtral, {"spec": "moe-complete"}, SpecError, "'moe-completep'"),
     "spec with an unknown role": (mixtral, {"spec": rows(expert_dwn={})}, SpecError, "'expert_dwn'.*'expert_down'"),
     "spec that does not scale depth": (mixtral, {"spec": "kakao"}, ParameterizationError, "does not scale depth"),

@@ -16,12 +16,12 @@ from moe_param import Parameterization, Shape
 from tests.models import KeepDouble, build, tiny_config, tokens
 
 LR, EPS, DECAY = 1e-2, 1e-8, 0.1
-BASE = Shape(width=32, depth=2, num_experts=4, top_k=1, expert_size=16)
+BASE = Shape(width=32, depth=2, num_experts=16, top_k=4, expert_size=16)
 SIZES = {"num_hidden_layers": 2, "intermediate_size": 64}
 
 
 def parameterized(seed: int = 1, **changes: Any) -> tuple[Any, Parameterization]:
-    base = Shape(width=32, depth=1, num_experts=4, top_k=1, expert_size=16)
+    base = Shape(width=32, depth=1, num_experts=16, top_k=4, expert_size=16)
     model = build("mixtral", **{**SIZES, **changes})
     return model, moe_param.apply(model, base, seed=seed, experts=None)
 
@@ -170,7 +170,7 @@ def test_reordered_modules_train_alike() -> None:
             module._modules = OrderedDict(reversed(module._modules.items()))  # type: ignore[assignment]
             module._parameters = dict(reversed(module._parameters.items()))
     assert list(dict(turned.named_parameters())) != list(dict(plain.named_parameters()))
-    base = Shape(width=32, depth=1, num_experts=4, top_k=1, expert_size=16)
+    base = Shape(width=32, depth=1, num_experts=16, top_k=4, expert_size=16)
     rules = moe_param.apply(turned, base, seed=1, experts=None)
     assert rules == parameterization
     assert apart(weights(turned), weights(plain)) == 0.0

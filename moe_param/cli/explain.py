@@ -112,7 +112,7 @@ def show(
     """A table, or JSON."""
     from rich.console import Console
 
-    from moe_param.explain import rich_table
+    from moe_param.explain import regimes, rich_table
 
     if args.json:
         document: dict[str, Any] = {
@@ -122,6 +122,7 @@ def show(
             "base_shape": asdict(parameterization.base_shape),
             "shape": asdict(parameterization.shape),
             "init_std": parameterization.init_std,
+            "regime": regimes(parameterization),
             "rows": parameterization.rows(args.full),
         }
         print(json.dumps(document, indent=2, ensure_ascii=False))

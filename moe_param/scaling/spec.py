@@ -14,6 +14,7 @@ import yaml
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import nearest
+from moe_param.structure.adapters import ROLES as ROLES
 
 SHAPE_DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size")
 """Dimensions that are the same for every parameter of a model."""
@@ -22,29 +23,6 @@ DIMENSIONS = (*SHAPE_DIMENSIONS, "head_dim", "fan_in", "fan_out", "units")
 """Exponents are of target/base ratios of these. head_dim is that of the queries a parameter makes; fan_in and fan_out
 are its own, read off its matmul; units is the length of a vector (a gain over head_dim, shared by all heads, keeps its
 gradient when the width grows). A bias has the ratios of the linear or norm it belongs to."""
-
-ROLES = (
-    "embedding",
-    "unembedding",
-    "attention_in",
-    "attention_out",
-    "router",
-    "expert_up",
-    "expert_down",
-    "shared_up",
-    "shared_down",
-    "dense_up",
-    "dense_down",
-    "norm",
-    "post_norm",
-    "query_norm",
-    "key_norm",
-    "final_norm",
-    "bias",
-    "other",
-    "other_out",
-)
-"""Roles a table has a row for; `frozen` and `selection_bias` are not trained by the optimizer and have none."""
 
 SITES = ("residual_branch", "unnormalized_gates", "logits", "attention_logits")
 """Where the unfolded parameterization multiplies the forward pass."""

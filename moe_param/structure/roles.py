@@ -15,7 +15,7 @@ from moe_param.errors import MoeParamError
 from moe_param.structure.adapters import adapter_for
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.shape import Shape, measure
-from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, trace_model
+from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, shared_trace
 
 UNTRAINED = ("frozen", "selection_bias")
 """Roles of parameters that no optimizer touches."""
@@ -62,6 +62,7 @@ class Structure:
     routers: names of the modules that route, one per MoE layer.
     kinds: per decoder layer, what it consists of; layers of one kind correspond to each other across models.
     gaps: site -> why the forward multiplier of that site has no parameter to go into.
+    constant_gates: names of the experts modules whose router cannot learn (see `check_routers`).
     """
 
     model_class: type[PreTrainedModel]
@@ -70,6 +71,7 @@ class Structure:
     routers: tuple[str, ...]
     kinds: tuple[Any, ...]
     gaps: dict[str, str] = field(default_factory=dict)
+    constant_gates: tuple[str, ...] = ()
 
 
 def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Structure:
@@ -79,7 +81,7 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         StructureError: no experts, no decoder stack, or a forward pass that does not run on fake tensors.
         RoleError: parameters without a role, all of them listed; those that differ in a layer's number on one line.
     """
-    model, trace = trace_model(model_class, config)
+    model, trace = shared_trace(model_class, config)
     reader = _Reader(model, trace)
     parameters: dict[str, Info] = {}
     unknown: list[str] = []
@@ -100,12 +102,30 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         raise RoleError(
             f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
             "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
-            "model's __init__), remove them, or give them a role in moe_param/structure/adapters.yaml."
+            "model's __init__), remove them, or give them a role with moe_param.register_adapter("
+            f"{config.get_text_config().model_type!r}, {{'roles': {{pattern of the name in its layer: role}}}})."
         )
     kinds = reader.kinds(parameters, config)
-    return Structure(
-        model_class, measure(model, trace), parameters, tuple(sorted(reader.routers)), kinds, reader.gaps()
-    )
+    constant = tuple(router.experts for router in trace.routers if router.constant)
+    routers = tuple(sorted(reader.routers))
+    return Structure(model_class, measure(model, trace), parameters, routers, kinds, reader.gaps(), constant)
+
+
+def check_routers(structure: Structure, which: str) -> None:
+    """Refuses a model whose routers get no gradient: one expert per token, its gate normalized over itself.
+
+    The gate is then 1 whatever the router says, and Adam moves the router by rounding noise alone.
+
+    Raises:
+        StructureError: `which` (e.g. "the base") and what to do.
+    """
+    if structure.constant_gates:
+        shape = structure.shape
+        raise StructureError(
+            f"{which} has top_k = 1 and gates normalized over the chosen experts, so every gate is 1 and the router "
+            f"gets no gradient: choose top_k >= 2 (at the same sparsity, 2 of {2 * shape.num_experts} experts), or "
+            "gates that are not normalized (norm_topk_prob=False where the config has it)"
+        )
 
 
 def layer_pattern(name: str) -> tuple[str, int | None]:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.structure.adapters import adapter_for
 from moe_param.structure.shape import SIZES, Shape, ShapeError, measure
-from moe_param.structure.trace import find_layers, is_experts, model_class_for, trace_model
+from moe_param.structure.trace import find_layers, is_experts, model_class_for, shared_trace
 
 # Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
 # `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
@@ -55,7 +55,7 @@ def scale_config(
             the config does not have, or a scaled config whose model does not have the sizes asked for.
     """
     model_class = model_class or model_class_for(config)
-    source, trace = trace_model(model_class, config)
+    source, trace = shared_trace(model_class, config)
     old = measure(source, trace)
     asked = {"width": width, "depth": depth, "num_experts": num_experts, "top_k": top_k, "expert_size": expert_size}
     given = {name: size for name, size in asked.items() if size is not None}
@@ -206,7 +206,7 @@ def _verified(
     name = type(config).__name__
     try:
         scaled = type(config).from_dict(values)
-        model, trace = trace_model(model_class, scaled)
+        model, trace = shared_trace(model_class, scaled)
         got = measure(model, trace)
     except Exception as error:
         sizes = {size: getattr(new, size) for size in SIZES}

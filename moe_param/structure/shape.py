@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
-from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, model_class_for, trace_model
+from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, model_class_for, shared_trace
 
 AXES = ("width", "depth", "num_experts", "expert_size")
 """What is scaled one at a time."""
@@ -79,7 +79,7 @@ class Shape:
         Raises:
             StructureError: transformers maps the config to no model, or the model has no experts.
         """
-        return measure(*trace_model(model_class_for(config), config))
+        return measure(*shared_trace(model_class_for(config), config))
 
 
 def measure(model: PreTrainedModel, trace: Trace) -> Shape:

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -71,7 +72,7 @@ class Flow:
         return tuple(name for name, _ in self.degrees)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Branch:
     """One addition to the residual stream in the decoder layer `layer`.
 
@@ -85,7 +86,7 @@ class Branch:
     homogeneous: bool
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attention:
     """One softmax attention: what its queries and keys are made of, and the contracted size (head_dim)."""
 
@@ -95,14 +96,19 @@ class Attention:
     head_dim: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Router:
-    """The module that hands an experts module its indices."""
+    """The module that hands an experts module its indices.
+
+    normalized: its gates pass a sum or a softmax, over whichever experts. constant: over the chosen expert alone, so
+    that the gate is 1 whatever the router says.
+    """
 
     experts: str
     module: str | None
     top_k: int
     normalized: bool
+    constant: bool = False
 
 
 @dataclass
@@ -122,6 +128,10 @@ class Trace:
     routers: list[Router] = field(default_factory=list)
     logits_from: tuple[str, ...] = ()
     plain_residual: bool = True
+
+    def copy(self) -> Trace:
+        """One that can be changed without changing this one: what its containers hold is immutable."""
+        return Trace(**{name: copy.copy(value) for name, value in vars(self).items()})
 
 
 _LINEAR = {  # out = Σ of its tensor inputs, possibly rearranged
@@ -194,6 +204,8 @@ _PRODUCTS = {
 _CONTRACTIONS = _PRODUCTS - {"mul", "div"}
 _FROM = "from:"
 """Tag that names the weight of the last matrix product; it survives nonlinearities, which degrees do not."""
+_OVER_ONE = "over one"
+"""Tag of a sum or a softmax over a single value: divided by it, or being it, a gate is 1."""
 _ROOTS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "square": 2.0}
 _NORMS = {"native_layer_norm": (2, 3), "_fused_rms_norm": (2, None), "native_group_norm": (1, 2)}
 
@@ -263,6 +275,8 @@ class _Watcher(TorchDispatchMode):
                 self.softmax([f for _, f in known])
             tags = frozenset().union(*(f.tags for _, f in known)) | {op}
             flow = Flow(weight=all(f.weight for _, f in known) and len(known) == len(operands), tags=tags)
+        if op in ("sum", "_softmax") and _over_one(args):
+            flow = replace(flow, tags=flow.tags | {_OVER_ONE})
         self.set(out, flow)
         if in_place and not flow.weight:
             self.by_storage[_storage(args[0])] = (flow, args[0].untyped_storage())
@@ -370,6 +384,13 @@ def _all_true(index: torch.Tensor | None) -> torch.Tensor | None:
     return torch.arange(len(index), device=index.device) if masks and index is not None else index
 
 
+def _over_one(args: Any) -> bool:
+    """Whether `sum(x, dims)` or `_softmax(x, dim)` has nothing to sum over but one value."""
+    dims = args[1] if len(args) > 1 and args[1] is not None else ()
+    dims = (dims,) if isinstance(dims, int) else dims
+    return bool(dims) and all(args[0].shape[dim] == 1 for dim in dims)
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -465,12 +486,26 @@ def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     return name, list(stack)
 
 
-_recent: OrderedDict[tuple[type[PreTrainedModel], str], tuple[PreTrainedModel, Trace]] = OrderedDict()
+_recent: OrderedDict[tuple[type[PreTrainedModel], str, str], tuple[PreTrainedModel, Trace]] = OrderedDict()
 
 
 def trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
-    """`_trace_model`, remembering the last few results: planning asks for the same two models several times."""
-    key = (model_class, config.to_json_string(use_diff=False))
+    """Builds `model_class(config)` without memory, runs a few tokens through it and reports what was seen.
+
+    Returns the fake model (for its module tree) and the trace: the caller's own, the fake tensors aside.
+
+    Raises:
+        StructureError: the model has no experts or no input embedding, or cannot be built or run on fake tensors.
+    """
+    model, trace = shared_trace(model_class, config)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors), trace.copy()
+
+
+def shared_trace(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
+    """`trace_model` for the readers of this package, who change nothing: planning asks for the same two models several
+    times, so the last few results are remembered."""
+    key = (model_class, config.to_json_string(use_diff=False), repr(adapter_for(config)))
     if key not in _recent:
         _recent[key] = _trace_model(model_class, config)
         if len(_recent) > 6:
@@ -479,19 +514,13 @@ def trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
 
 
 def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
-    """Builds `model_class(config)` without memory, runs a few tokens through it and reports what was seen.
-
-    Returns the fake model (for its module tree) and the trace.
-
-    Raises:
-        StructureError: the model has no experts, or cannot be run on fake tensors.
-    """
     config = copy.deepcopy(config)
     inits = InitWatcher()
     with _quiet(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        with inits:
+        with inits, _one_line(f"{model_class.__name__} could not be built on fake tensors"):
             model = model_class(config)
         model.eval()
+        _check_embedding(model)
         _, layers = find_layers(model)
         watcher = _Watcher(model, adapter_for(config).normed_stream)
         trace = watcher.trace
@@ -499,21 +528,44 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
             trace.shapes[name] = tuple(parameter.shape)
             trace.laws[name] = inits.laws.get(parameter, InitLaw("special"))
         _use_plain_implementations(model)
-        _hook(model, layers, watcher)
-        try:
-            with torch.no_grad(), watcher:
-                out = model(input_ids=torch.zeros(1, adapter_for(config).tokens, dtype=torch.long), use_cache=False)
-        except StructureError:
-            raise
-        except Exception as error:
-            raise StructureError(
-                f"{model_class.__name__} could not be run on fake tensors to find the roles of its parameters: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        handles = _hook(model, layers, watcher)
+        purpose = f"{model_class.__name__} could not be run on fake tensors to find the roles of its parameters"
+        with _one_line(purpose), torch.no_grad(), watcher:
+            out = model(input_ids=torch.zeros(1, adapter_for(config).tokens, dtype=torch.long), use_cache=False)
+        for handle in handles:
+            handle.remove()
         if not trace.logits_from:
             last = watcher.flow(getattr(out, "last_hidden_state", None))
             trace.logits_from = last.names if last is not None else ()
     return model, trace
+
+
+@contextmanager
+def _one_line(doing: str) -> Iterator[None]:
+    """What a model's own code raises, as a StructureError of one line."""
+    try:
+        yield
+    except StructureError:
+        raise
+    except Exception as error:
+        raise StructureError(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _check_embedding(model: PreTrainedModel) -> None:
+    """The embedding tells the width and where the residual stream begins.
+
+    Raises:
+        StructureError: `get_input_embeddings` is missing, or its module has no weight.
+    """
+    try:
+        found = getattr(model.get_input_embeddings(), "weight", None)
+    except (NotImplementedError, AttributeError):  # of transformers' own lookup by usual names
+        found = None
+    if not isinstance(found, torch.Tensor):
+        raise StructureError(
+            f"{type(model).__name__} does not say which module embeds the tokens: define get_input_embeddings(self) "
+            "in the class, returning its nn.Embedding"
+        )
 
 
 def _use_plain_implementations(model: nn.Module) -> None:
@@ -528,7 +580,7 @@ def _use_plain_implementations(model: nn.Module) -> None:
             config._experts_implementation_internal = "batched_mm"
 
 
-def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) -> None:
+def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) -> list[RemovableHandle]:
     trace = watcher.trace
     producers: dict[int, tuple[str, torch.Tensor]] = {}
 
@@ -564,17 +616,19 @@ def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) ->
                 block = name.rpartition(".")[0] + "."
                 linears = sorted(t.removeprefix(_FROM) for t in tags if t.startswith(_FROM + block))
                 router = linears[0].rpartition(".")[0] if linears else None
-            trace.routers.append(Router(name, router, int(index.shape[-1]), bool(tags & {"_softmax", "sum"})))
+            normalized = bool(tags & {"_softmax", "sum"})
+            trace.routers.append(Router(name, router, int(index.shape[-1]), normalized, _OVER_ONE in tags))
 
         return hook
 
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(enter_layer(index), with_kwargs=True)
+    handles = [
+        layer.register_forward_pre_hook(enter_layer(index), with_kwargs=True) for index, layer in enumerate(layers)
+    ]
     for name, module in model.named_modules():
         if is_experts(module):
-            module.register_forward_pre_hook(enter_experts(name), with_kwargs=True)
+            handles.append(module.register_forward_pre_hook(enter_experts(name), with_kwargs=True))
         else:
-            module.register_forward_hook(produced(name))
+            handles.append(module.register_forward_hook(produced(name)))
     head = model.get_output_embeddings()
     if head is not None:
 
@@ -582,4 +636,5 @@ def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) ->
             flow = watcher.flow(args[0])
             trace.logits_from = flow.names if flow is not None else ()
 
-        head.register_forward_pre_hook(enter_head)
+        handles.append(head.register_forward_pre_hook(enter_head))
+    return handles

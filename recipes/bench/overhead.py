@@ -47,12 +47,13 @@ def config(width: int, depth: int, expert_size: int, vocab_size: int) -> Mixtral
 
 
 def base_of(target: MixtralConfig) -> moe_param.Shape:
-    """A base at which everything is scaled: a quarter of the width, half the depth, the experts and their size."""
+    """A base at which everything is scaled: a quarter of the width, half the depth and expert size, twice the
+    experts."""
     return moe_param.Shape(
         width=target.hidden_size // 4,
         depth=target.num_hidden_layers // 2,
-        num_experts=4,
-        top_k=1,
+        num_experts=2 * target.num_local_experts,
+        top_k=2 * target.num_experts_per_tok,
         expert_size=target.intermediate_size // 2,
     )
 

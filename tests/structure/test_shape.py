@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -231,6 +232,39 @@ def test_what_does_not_divide(family: str, sizes: dict[str, Any], complaint: str
         with pytest.raises(ShapeError, match=complaint):
             scale_config(config, **sizes)
     assert plain(config) == before
+
+
+@pytest.mark.parametrize(
+    "family, axis, size, nearest",
+    [
+        ("mixtral", "width", 72, (64, 96)),  # 4 heads over 2
+        ("mixtral", "width", 8, (32,)),  # nothing below
+        ("deepseek_v3", "width", 72, (64, 80)),
+        ("mixtral", "num_experts", 10, (8, 12)),  # 2 of 8
+        ("qwen2_moe", "expert_size", 50, None),
+        ("gpt_oss", "width", 100, None),
+        ("nemotron_h", "depth", 7, (6, 12)),  # its pattern has no period
+    ],
+)
+def test_the_nearest_sizes_that_divide(family: str, axis: str, size: int, nearest: tuple[int, ...] | None) -> None:
+    """What an error names can be built, and nothing between it and what was asked for can."""
+    config = tiny_config(family)
+    with pytest.raises(ShapeError) as error:
+        scale_config(config, **{axis: size})
+    found = tuple(int(n) for n in re.findall(r"\d+", str(error.value).split("the nearest that divide")[1]))
+    assert nearest is None or found == nearest
+    for near in found:
+        assert getattr(Shape.from_config(scale_config(config, **{axis: near})), axis) == near
+    low = found[0] + 1 if len(found) == 2 else 1
+    for between in range(max(low, size - 3), min(found[-1], size + 4)):
+        with pytest.raises(ShapeError):
+            scale_config(config, **{axis: between})
+
+
+def test_sizes_of_the_wrong_type() -> None:
+    for axis in ("width", "depth", "num_experts", "top_k", "expert_size"):
+        with pytest.raises(ShapeError, match=rf"Shape\.{axis} must be a positive integer, got 1\.5"):
+            scale_config(tiny_config("mixtral"), **{axis: 1.5})
 
 
 def test_depth_does_not_turn_moe_layers_into_dense_ones() -> None:
