@@ -51,7 +51,7 @@ def test_a_role_for_what_text_never_reaches() -> None:
 
 
 def test_an_axis_that_cannot_be_scaled() -> None:
-    register_adapter("mixtral", {"refuse": {"depth": "its layers share their weights"}})
+    register_adapter("mixtral", {"refuse": {"depth": "its layers share their weights"}}, replace=True)
     with pytest.raises(ShapeError, match="cannot change depth: its layers share their weights"):
         scale_config(tiny_config("mixtral"), depth=2)
 
