@@ -313,7 +313,7 @@ def test_bad_input_is_one_clear_error_and_the_model_is_untouched(case: str) -> N
     make, changes, error, message = BAD[case]
     model = make()
     before = snapshot(model)
-    arguments = {"base_shape": BASE, "seed": 1, "experts": None} | changes
+    arguments: dict[str, Any] = {"base_shape": BASE, "seed": 1, "experts": None} | changes
     with pytest.raises(error, match=message):
         moe_param.apply(model, **arguments)
     assert_untouched(model, before)
@@ -534,7 +534,7 @@ def test_a_resized_vocabulary_keeps_its_rules(tied: bool, tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match=r"vocabulary was resized .*128 rows, now 140"):
         theirs = Parameterization.from_model(loaded)
     for name, rule in theirs.rules.items():
-        rows = {"shape": (140, 64)} if rule.role in ("embedding", "unembedding") else {}
+        rows: dict[str, Any] = {"shape": (140, 64)} if rule.role in ("embedding", "unembedding") else {}
         assert rule == dataclasses.replace(ours.rules[name], **rows)
     groups = theirs.param_groups(loaded, lr=1e-3)
     assert sum(len(g["names"]) for g in groups) == len(theirs.rules)

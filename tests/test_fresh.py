@@ -74,7 +74,8 @@ def test_weights_are_overwritten_only_when_it_is_said(
         moe_param.apply(model, BASE, seed=1)
     assert_untouched(model, before)
     moe_param.apply(model, BASE, seed=1, reinit=True)
-    fresh = build("mixtral").to(model.dtype)
+    fresh: Any = build("mixtral")
+    fresh.to(model.dtype)
     moe_param.apply(fresh, BASE, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
 
@@ -102,7 +103,8 @@ def test_a_config_from_a_checkpoint_is_no_loaded_weight(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", families(FAMILIES))
 def test_no_false_alarm_on_new_weights_and_none_missed_on_moved_ones(family: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        model = build(family, seed=3).to(dtype)
+        model: Any = build(family, seed=3)
+        model.to(dtype)
         laws = trace_model(type(model), model.config)[1].laws
         assert loaded(model) is None
         assert departure(model, laws) is None
@@ -147,7 +149,7 @@ def test_new_weights_under_a_recorded_config_are_not_taken_for_parameterized_one
 
 def test_parameterized_weights_are_taken_for_what_they_are(tmp_path: Path) -> None:
     recorded_config(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     expected = Parameterization.from_model(model)
     for step in range(2):
         assert Parameterization.from_model(train(model, step)) == expected
