@@ -75,7 +75,7 @@ def quantized() -> Any:
 
 
 def resized() -> Any:
-    model = build("mixtral")
+    model: Any = build("mixtral")
     model.lm_head = torch.nn.Linear(64, 130, bias=False)
     return model
 
@@ -110,7 +110,7 @@ def wrapped_by_peft() -> Any:
 
 def refusing() -> Any:
     """As transformers refuses to leave "deepgemm_megamoe", but at the worst moment."""
-    model = build("mixtral")
+    model: Any = build("mixtral")
 
     def set_experts_implementation(name: str) -> None:
         model.config._experts_implementation_internal = name

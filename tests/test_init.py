@@ -158,7 +158,7 @@ def test_without_a_seed_the_global_generator_decides() -> None:
 
 def test_no_two_parameters_get_the_same_numbers() -> None:
     model, _ = parameterized("mixtral")
-    starts = {}
+    starts: dict[tuple[float, ...], str] = {}
     for name, values in weights(model).items():
         if "norm" in name:
             continue
@@ -238,7 +238,8 @@ def test_another_precision_holds_the_same_values_rounded(dtype: torch.dtype) -> 
         base = tiny_config(family)
         shape = moe_param.Shape.from_config(base)
         target = scale_config(base, width=128, depth=2 * shape.depth, num_experts=16, expert_size=2 * shape.expert_size)
-        model = build(family, target).to(dtype)
+        model: Any = build(family, target)
+        model.to(dtype)
         moe_param.apply(model, base, seed=1, experts=None)
         for name, values in weights(model).items():
             assert values.dtype == dtype
