@@ -2,6 +2,7 @@
 #   PYTHON=/path/to/python3   the interpreter to build .venv with (default: the first suitable one on PATH)
 #   TORCH_INDEX_URL=URL       the package index to take torch from (default: see the stamp rule below)
 #   PYTEST_ARGS="-n 2"        arguments to pytest
+#   TRANSFORMERS=5.10.1       another transformers than the tested one (`newest` takes what the index has)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ TESTED := requirements-tested.txt
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check test test-all docs wheel demo format clean
+.PHONY: help setup lint types check fast test test-all docs wheel demo format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -47,6 +48,7 @@ $(STAMP): pyproject.toml $(TESTED)
 	  { echo "No CPU build of $$torch in reach: installing the default one" >&2; $(PIP) install -q "$$torch"; }; \
 	fi
 	$(PIP) install -q -c $(TESTED) -e ".[test]"
+	@[ -z "$(TRANSFORMERS)" ] || $(PIP) install -q -U transformers$(if $(filter newest,$(TRANSFORMERS)),,==$(TRANSFORMERS))
 	@[ "$$(uname)" != Linux ] || $(BIN)/python -m patches.install --level triton
 	@touch $@
 
@@ -61,7 +63,9 @@ types: $(STAMP)  ## mypy on the package, the recipes and the patches
 # The tests need nothing from the Hub; offline, a slip shows at once and the same way everywhere.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-check: lint types  ## lint, types and the fast tests: before every commit, at most 3 minutes on 2 cores
+check: lint types fast  ## lint, types and the fast tests: before every commit, at most 3 minutes on 2 cores
+
+fast: $(STAMP)  ## the fast tests alone
 	$(PYTEST) -m "not slow and not all_families and not gpu" $(PYTEST_ARGS)
 
 test: lint types  ## everything CI checks
