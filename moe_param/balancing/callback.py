@@ -98,5 +98,10 @@ class LoadBalancingCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.balancer is not None:
-            self.balancer.stop()
+        if self.balancer is None:
+            return
+        self.balancer.stop()
+        injected = any(route.gate is not None for route in self.balancer.routes)
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and injected and not args.fsdp:  # whose checkpoints have the model's own names
+            load_selection_biases(kwargs["model"], best)

@@ -74,34 +74,35 @@ def main() -> None:
     base = moe_param.Shape.from_config(moe_param.scale_config(config, width=32, depth=2, expert_size=16))
     parameterization = moe_param.apply(model, base, seed=0)
 
-    # 2. TRL. It turns the auxiliary loss of MoE models on; the callback balances instead, so that is set to zero.
+    # 2. TRL. It turns the auxiliary loss of MoE models on; `balance` balances instead, so that is set to zero.
     # Qwen's routers have no selection bias: inject=True gives them one, which the saved model then has.
-    balancing = moe_param.LoadBalancingCallback(rate=0.1, inject=True)
+    args = SFTConfig(
+        output_dir=flags.output_dir,
+        max_steps=2 if flags.smallest else 200,
+        per_device_train_batch_size=8,
+        max_length=128,
+        learning_rate=2**-7,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=0 if flags.smallest else 20,
+        max_grad_norm=0.0,
+        logging_steps=1 if flags.smallest else 20,
+        router_aux_loss_coef=0.0,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+    )
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(
-            output_dir=flags.output_dir,
-            max_steps=2 if flags.smallest else 200,
-            per_device_train_batch_size=8,
-            max_length=128,
-            learning_rate=2**-7,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=0 if flags.smallest else 20,
-            logging_steps=1 if flags.smallest else 20,
-            router_aux_loss_coef=0.0,
-            bf16=False,
-            save_strategy="no",
-            report_to="none",
-        ),
+        args=args,
         train_dataset=questions(),
         processing_class=tokenizer,
-        callbacks=[balancing],
-        optimizer_cls_and_kwargs=(parameterization.optimizer_factory(torch.optim.AdamW), {"lr": 2**-7}),
+        **parameterization.trainer_arguments(args, balance={"rate": 0.1, "inject": True}),
     )
     trainer.train()
 
     # 3. One save has all of it: weights, rules (in the config), selection biases. Loading them takes its own line.
     trainer.save_model(flags.output_dir)
+    trainer.accelerator.wait_for_everyone()
     loaded = AutoModelForCausalLM.from_pretrained(flags.output_dir, device_map=model.device)
     moe_param.load_selection_biases(loaded)
     rules = moe_param.Parameterization.from_model(loaded)
@@ -109,7 +110,8 @@ def main() -> None:
     prompt = tokenizer("What does math.sqrt do?\n", return_tensors="pt").to(model.device)
     with torch.no_grad():
         difference = model.eval()(**prompt).logits - loaded(**prompt).logits
-    print(f"loaded again: logits differ by at most {difference.abs().max().item():.1e}, {len(rules.rules)} rules read")
+    if trainer.is_world_process_zero():
+        print(f"loaded again: logits differ by at most {difference.abs().max():.1e}, {len(rules.rules)} rules read")
 
 
 if __name__ == "__main__":

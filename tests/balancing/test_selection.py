@@ -231,6 +231,30 @@ def test_every_save_of_a_trainer_has_them_and_training_goes_on_from_them(tmp_pat
         assert resumed.balancer is not None and torch.equal(resumed.balancer.bias, trained)
 
 
+@pytest.mark.parametrize("family", ["mixtral", FAMILY])
+def test_the_best_model_comes_back_with_its_own_biases(family: str, tmp_path: Path) -> None:
+    """Also where the names that transformers saves under are not the model's, as Mixtral's."""
+    config = arguments(
+        TrainingArguments,
+        tmp_path,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the loss falls, so it is the first checkpoint
+        learning_rate=1e-2,
+    )
+    callback = LoadBalancingCallback(1.0, inject=True)
+    trainer = MoETrainer(build(family), config, train_dataset=rows(), eval_dataset=rows(4), callbacks=[callback])
+    trainer.train()
+    assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-1")
+    load(saved := AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1"))
+    assert torch.equal(torch.stack(biases(trainer.model)), torch.stack(biases(saved)))
+    assert callback.balancer is not None
+    assert not torch.equal(callback.balancer.bias, torch.stack(biases(saved))), "training went on after it"
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {"<eos>": 0, "<pad>": 1, **{chr(97 + i): 2 + i for i in range(26)}}
     built = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
