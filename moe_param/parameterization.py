@@ -207,7 +207,7 @@ class Parameterization:
         """
         from moe_param.balancing.callback import LoadBalancingCallback
         from moe_param.experts.reload import ReloadExpertsCallback
-        from moe_param.optim.arguments import AgreementCallback, check_arguments, take_numbers
+        from moe_param.optim.arguments import AgreementCallback, check_arguments, choose_numbers
         from moe_param.optim.clipping import ScaleFreeClipping
 
         check_arguments(args)
@@ -219,7 +219,7 @@ class Parameterization:
         clipping = None if clip is None else ScaleFreeClipping(self, clip)
         beta1, beta2 = betas or (None, None)
         given = {"learning_rate": lr, "adam_epsilon": eps, "weight_decay": weight_decay}
-        taken = take_numbers(args, self.tuned, {**given, "adam_beta1": beta1, "adam_beta2": beta2})
+        taken = choose_numbers(args, self.tuned, {**given, "adam_beta1": beta1, "adam_beta2": beta2})
         decay = decay or (self.tuned and self.tuned.decay) or "independent"
         numbers: dict[str, Any] = {
             "lr": taken["learning_rate"],
@@ -234,6 +234,8 @@ class Parameterization:
         }
         check_decoupled(optimizer_class, numbers["weight_decay"], options)
         optim.check_numbers(**numbers)
+        for name, number in taken.items():  # so that what the Trainer reports is what it trains with
+            setattr(args, name, number)
         if str(getattr(args.optim, "value", args.optim)) == "adamw_torch_fused" and isinstance(optimizer, str):
             options.setdefault("fused", True)  # as Trainer does
 

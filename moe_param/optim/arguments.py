@@ -27,10 +27,10 @@ OPTIMS = ("adamw_torch", "adamw_torch_fused")
 """`TrainingArguments.optim` that we build. Others are classes: optimizer=…, adam_like=True."""
 
 
-def take_numbers(
+def choose_numbers(
     args: TrainingArguments, tuned: TunedNumbers | None, given: dict[str, float | None]
 ) -> dict[str, float]:
-    """Decides each number and writes it into `args`, so that what the Trainer reports is what it trains with.
+    """Decides each number.
 
     `TrainingArguments` do not tell a default from the same number said on purpose. So a number at its default counts as
     not said, and one that is `given` here always holds. Said numbers may not contradict each other.
@@ -60,8 +60,6 @@ def take_numbers(
                 f"trainer_arguments(args, lr={found:g})"
             )
         chosen[name] = number
-    for name, number in chosen.items():
-        setattr(args, name, number)
     return chosen
 
 

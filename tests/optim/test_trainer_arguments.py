@@ -112,8 +112,10 @@ def test_contradictions(tmp_path: Path) -> None:
 def test_what_would_not_be_done_is_refused(changes: Any, given: Any, message: str, tmp_path: Path) -> None:
     if changes.get("lr_scheduler_type"):
         changes = {**changes, "eval_strategy": "steps", "eval_steps": 2}
+    args = arguments(tmp_path, **{"learning_rate": 1e-3, **changes})
     with pytest.raises(OptimizerError, match=message):
-        small()[1].trainer_arguments(arguments(tmp_path, **{"learning_rate": 1e-3, **changes}), **given)
+        small()[1].trainer_arguments(args, **given)
+    assert args.adam_epsilon == 1e-8  # nothing was written
 
 
 def test_arguments_changed_behind_our_back(tmp_path: Path) -> None:
