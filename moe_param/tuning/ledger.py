@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moe_param.errors import InputError, MoeParamError
+from moe_param.ledger import append, read_finished
 from moe_param.tuning.workers import ATTEMPTS, Died, Pool, Raised, sigterm_as_interrupt
 
 
@@ -38,8 +39,7 @@ def run_all(
     """`work(job)` for every job that is not in the ledger, expensive ones first, each in a process of its own.
 
     Args:
-        work: a function of a module (workers import it). Numbers in what it returns that are not finite come back
-            as None.
+        work: a function of a module (workers import it). What it returns has to be JSON: null for infinity and NaN.
         jobs, settings, costs: by name; settings (plain values) say what a job is, so that a ledger of other runs is
             noticed.
 
@@ -52,9 +52,6 @@ def run_all(
     wanted = {name: json.loads(json.dumps(settings[name])) for name in jobs}
     done = finished(ledger, wanted)
     left = deque(sorted((name for name in jobs if name not in done), key=lambda name: -costs[name]))
-    ledger.touch()
-    from moe_param.training.report import finite
-
     deaths: Counter[str] = Counter()
     with (
         _progress(console, done, len(jobs), sum(costs[name] for name in left)) as advance,
@@ -73,45 +70,28 @@ def run_all(
                     continue
                 if isinstance(answer, Raised):
                     raise RunError(f"run {name}: {answer.text}")
-                done[name] = finite(answer)
-                _append(ledger, {"run": name, "settings": wanted[name], "result": done[name]}, len(done))
+                done[name] = answer
+                append(ledger, {"run": name, "settings": wanted[name], "result": answer})
                 advance(costs[name])
             if not ledger.exists():
-                raise RunError(_removed(ledger, len(done)))
+                raise RunError(f"{ledger} was removed while this command ran, with its {len(done)} runs: start again")
     return done
 
 
 def finished(ledger: Path, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The results in the ledger that are wanted, by name. What a kill left of a line is cut off.
+    """The results in the ledger that are wanted, by name.
 
     Raises:
-        InputError: one was made with other settings.
+        InputError: one was made with other settings, or a line that cannot be read.
     """
-    from moe_param.training.report import read_lines
-
     done: dict[str, dict[str, Any]] = {}
-    for line in read_lines(ledger):
+    for line in read_finished(ledger):
         name = line["run"]
         if name in wanted:
             if line["settings"] != wanted[name]:
                 raise InputError(f"{ledger} holds {name} with other settings: take another --output_dir")
             done[name] = line["result"]
-    if ledger.exists():  # a line that a kill cut short must not run into the next one
-        os.truncate(ledger, ledger.read_bytes().rfind(b"\n") + 1)
     return done
-
-
-def _append(ledger: Path, line: Mapping[str, Any], done: int) -> None:
-    try:
-        with ledger.open("r+", encoding="utf-8") as file:  # never a new one
-            file.seek(0, os.SEEK_END)
-            file.write(json.dumps(line) + "\n")
-    except FileNotFoundError:
-        raise RunError(_removed(ledger, done)) from None
-
-
-def _removed(ledger: Path, done: int) -> str:
-    return f"{ledger} was removed while this command ran, and {done} finished runs with it: start again"
 
 
 def _obituary(name: str, death: Died) -> str:

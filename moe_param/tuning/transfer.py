@@ -158,7 +158,8 @@ def numbers(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
 def work(run: ShortRun) -> dict[str, Any]:
     """What a worker does: one run, in one thread."""
     torch.set_num_threads(1)
-    return asdict(train(run))
+    found: dict[str, Any] = finite(asdict(train(run)))
+    return found
 
 
 def at_base(losses: dict[Run, float], first: str, shared: set[str]) -> dict[Run, float]:

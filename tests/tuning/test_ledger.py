@@ -27,7 +27,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if job["name"] == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600 if job["long"] else 0)
-    return {"square": job["number"] ** 2, "lost": float("nan")}
+    return {"square": job["number"] ** 2, "lost": None}
 
 
 def run(folder: Path, numbers: dict[str, int], long: bool = False, workers: int = 1) -> dict[str, dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_a_folder_that_is_removed_ends_the_command(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     _, said = parent.communicate(timeout=120)
     assert not alive(worker)
-    assert "runs.jsonl was removed while this command ran, and 0 finished runs with it" in said.splitlines()[-1]
+    assert "runs.jsonl was removed while this command ran, with its 0 runs" in said.splitlines()[-1]
 
 
 def alive(pid: int) -> bool:
