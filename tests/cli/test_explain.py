@@ -116,7 +116,7 @@ def test_recorded_parameterization_is_shown(tmp_path: Path) -> None:
         (("{target}", "--base", "width=wide"), "width must be a whole number"),
         (("{target}", "--base", "width=0"), "a whole number above 0"),
         (("{target}", "--base", "width=32,width=64"), "given twice"),
-        (("{target}", "--base", "width=33"), "choose a width"),
+        (("{target}", "--base", "width=33"), "the nearest that divide are width = 32 and 64"),
         (("{target}", "--base", BASE, "--target", "depht=4"), "--target: unknown size 'depht'"),
         (("{target}", "--base", BASE, "--spec", "moe-complete"), "did you mean 'moe-completep'?"),
         (("{target}", "--base", BASE, "--init-std", "-1"), "init_std must be a positive number"),
