@@ -89,7 +89,20 @@ def test_from_a_config_to_a_trained_target(installed: Path, folder: Path) -> Non
     shape = ("--shape", "width=32,expert_size=32", "--output_dir", "trained", "--report_to", "none")
     moe_param(installed, folder, "train", "base/tuned.yaml", *shape)
     assert (folder / "trained" / "model.safetensors").is_file()
-    check = "--base width=16 --axis width --factors 1,2 --steps 1 --seeds 1 --out check".split()
+    check = [
+        "--base",
+        "width=16",
+        "--axis",
+        "width",
+        "--factors",
+        "1,2",
+        "--steps",
+        "1",
+        "--seeds",
+        "1",
+        "--out",
+        "check",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "moe_param.cli.main", "coord-check", "base/tuned.yaml", *check]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
