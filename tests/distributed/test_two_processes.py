@@ -63,7 +63,7 @@ def test_ddp_trains_as_one_process_does(ranks: list[dict[str, Any]], alone: dict
 
 
 def train(groups: list[dict[str, Any]], model: Any) -> list[float]:
-    optimizer = torch.optim.AdamW(groups)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # as the factory does
     losses = []
     for batch in worker.batches():
         loss = model(input_ids=batch, labels=batch).loss

@@ -24,8 +24,8 @@ from moe_param.init import BLOCK
 from moe_param.training.processes import shutdown
 from tests.models import build, tokens
 
-BASE = Shape(width=32, depth=1, num_experts=3, top_k=1, expert_size=16)
-# Sizes that two processes cannot share evenly: 3 experts per unit of sparsity, an odd vocabulary, and an embedding of
+BASE = Shape(width=32, depth=1, num_experts=6, top_k=2, expert_size=16)
+# Sizes that two processes cannot share evenly: 3 experts for each active one, an odd vocabulary, and an embedding of
 # more than one block of the initializer.
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
