@@ -126,7 +126,7 @@ class PretrainArguments(TrainingArguments):
         default="constant_with_warmup",
         metadata={"help": "constant, cosine (to zero), wsd (warm-up, stable, linear decay to zero) or transformers'."},
     )
-    warmup_steps: float | None = field(
+    warmup_steps: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": f"Steps of linear warm-up, or a share below 1. Default: {WARMUP}."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
@@ -267,7 +267,7 @@ def set_horizon(args: PretrainArguments, seq_len: int, processes: int | None = N
         warmup = args.get_warmup_steps(args.max_steps)
         if warmup + round(decay) > args.max_steps:
             raise InputError(f"wsd: {warmup} steps of warm-up and {round(decay)} of decay in a run of {args.max_steps}")
-        given = args.lr_scheduler_kwargs or {}
+        given: dict[str, Any] = args.lr_scheduler_kwargs or {}  # type: ignore[assignment]
         args.lr_scheduler_kwargs = {"num_decay_steps": round(decay), "decay_type": "linear", **given}
     elif args.decay_tokens is not None:
         raise InputError("decay_tokens is for lr_scheduler_type wsd")

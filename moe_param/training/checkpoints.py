@@ -95,7 +95,7 @@ _STEP = re.compile(r"checkpoint-(\d+)")
 
 def last_good(output: Path) -> Path | None:
     """The newest whole checkpoint. Newer ones that are damaged are said, and put aside as `damaged-checkpoint-N`."""
-    bad = []
+    bad: list[str] = []
     for path in checkpoints(output):
         wrong = problem(path)
         if wrong is None:

@@ -196,7 +196,7 @@ def check_rules(
         base,
         spec=model_args.spec,
         init_std=model_args.init_std,
-        constants=model_args.constants or None,
+        constants=model_args.constants or None,  # type: ignore[arg-type]
         allow_sparsity_change=True,  # said once, when the rules are applied
     )
     rules.param_groups(model, **numbers)
@@ -298,7 +298,7 @@ def build_model(
         base,
         spec=model_args.spec,
         init_std=model_args.init_std,
-        constants=model_args.constants or None,
+        constants=model_args.constants or None,  # type: ignore[arg-type]
         seed=args.seed,
         experts=model_args.experts_implementation,
         allow_sparsity_change=model_args.allow_sparsity_change,

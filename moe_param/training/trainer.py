@@ -156,6 +156,9 @@ class PretrainTrainer(MoETrainer):
     """
 
     args: PretrainArguments
+    model: Any  # set from the start, unlike what Trainer's own annotations allow for
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -199,14 +202,14 @@ class PretrainTrainer(MoETrainer):
         super().create_accelerator_and_postprocess()
 
     # -- data ----------------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
             progress = read_progress(Path(resume_from_checkpoint))
             positions = {int(lane): Position(**where) for lane, where in progress["positions"].items()}
             self.positions = {lane: where for lane, where in positions.items() if lane in self.batches.mine}
             self.skipped = progress["skipped_steps"]
             self.batches = replace(self.batches, start=progress["step"], positions=positions)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         return self.batches
@@ -246,7 +249,8 @@ class PretrainTrainer(MoETrainer):
 
         def loss(batch: dict[str, Any]) -> torch.Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(inner, self._prepare_inputs(batch))
+                value: Any = self.compute_loss(inner, self._prepare_inputs(batch))
+            return value
 
         own = first_nonfinite(inner, [lambda b=b: loss(b) for b in inputs])  # type: ignore[misc]
         found = [own]

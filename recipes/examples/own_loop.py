@@ -66,7 +66,7 @@ def main() -> None:
     # 6. A plain checkpoint: from_pretrained reads it. The biases that were added in 4 need one line more.
     model.eval()
     model.save_pretrained(flags.output_dir)
-    again = AutoModelForCausalLM.from_pretrained(flags.output_dir).to(device).eval()
+    again = AutoModelForCausalLM.from_pretrained(flags.output_dir, device_map=device).eval()
     moe_param.load_selection_biases(again)
     rules = moe_param.Parameterization.from_model(again).rules  # to continue: the rules came along in the config
     with torch.no_grad():

@@ -40,7 +40,8 @@ def rows(side: int, count: int) -> list[dict[str, torch.Tensor]]:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments, prog="python -m recipes.examples.trainer").parse_args_into_dataclasses()
+    parser = HfArgumentParser(Arguments, prog="python -m recipes.examples.trainer")  # type: ignore[arg-type]
+    (args,) = parser.parse_args_into_dataclasses()
     if args.smallest:
         args.max_steps, args.warmup_steps, args.eval_steps, args.save_steps, args.logging_steps = 4, 0, 2, 2, 1
 
@@ -74,11 +75,11 @@ def main() -> None:
     trainer.save_model()
 
     # 3. What was saved is a plain checkpoint, and the biases that balancing added are put back by one line.
-    again = AutoModelForCausalLM.from_pretrained(args.output_dir).to(trainer.model.device).eval()
+    again = AutoModelForCausalLM.from_pretrained(args.output_dir, device_map=args.device).eval()
     moe_param.load_selection_biases(again)
     ids = torch.stack([row["input_ids"] for row in rows(1, 4)]).to(again.device)
     with torch.no_grad():
-        difference = (trainer.model.eval()(input_ids=ids).logits - again(input_ids=ids).logits).abs().max().item()
+        difference = (model.eval()(input_ids=ids).logits - again(input_ids=ids).logits).abs().max().item()
     print(
         f"held-out loss {trainer.evaluate()['eval_loss']:.3f}; loaded again, logits differ by at most {difference:.2g}"
     )

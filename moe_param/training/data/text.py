@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from moe_param.corpus import document_bytes, stdlib_split
 from moe_param.errors import InputError, MoeParamError
@@ -33,7 +32,8 @@ BUILDERS = {
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst"})
 FEW_DOCUMENTS = 100  # below this a split by document is too coarse: the end of the text is held out
 
-Block = dict[str, torch.Tensor]
+Block = dict[str, Any]
+"""input_ids and labels, (seq_len,); of a stream also `position`, where its lane is after it."""
 
 
 @dataclass
