@@ -89,34 +89,21 @@ def test_from_a_config_to_a_trained_target(installed: Path, folder: Path) -> Non
     shape = ("--shape", "width=32,expert_size=32", "--output_dir", "trained", "--report_to", "none")
     moe_param(installed, folder, "train", "base/tuned.yaml", *shape)
     assert (folder / "trained" / "model.safetensors").is_file()
-    check = [
-        "--base",
-        "width=16",
-        "--axis",
-        "width",
-        "--factors",
-        "1,2",
-        "--steps",
-        "1",
-        "--seeds",
-        "1",
-        "--out",
-        "check",
-    ]
+    check = ["--base", "width=16", "--axis", "width", "--factors", "1,2", "--steps", "1", "--seeds", "1"]
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "moe_param.cli.main", "coord-check", "base/tuned.yaml", *check]
+    command = [sys.executable, "-m", "moe_param.cli.main", "coord-check", "base/tuned.yaml", "--out", "check", *check]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode in (0, 1, 3) and (folder / "check" / "width.json").is_file(), done.stderr
 
 
 def test_two_processes(installed: Path, folder: Path) -> None:
+    launch = ROOT / "recipes" / "accelerate" / "cpu-2-processes.yaml"
     launcher = (
         sys.executable,
         "-m",
         "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
+        "--config_file",
+        str(launch),
         "-m",
         "moe_param.train",
     )
