@@ -55,7 +55,7 @@ def trained(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> bool:
     """Whether a parameter that starts at one constant holds different values now."""
     found = (local_part(p.detach())[0] for n, p in model.named_parameters() if laws[n].kind == "constant")
     return any(
-        values.numel() > 0 and not values.is_meta and bool((values != values[..., :1]).any()) for values in found
+        values.numel() > 0 and not values.is_meta and bool((values != values.flatten()[0]).any()) for values in found
     )
 
 

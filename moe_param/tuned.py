@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import parse_sizes
 from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
-from moe_param.structure.scaling_config import scale_config
+from moe_param.structure.scaling_config import scale_config, without_records
 from moe_param.structure.shape import SIZES, Shape
 
 
@@ -50,15 +51,19 @@ class TunedNumbers:
         for name, (least, below) in _RANGES.items():
             if found[name] is None:
                 continue
-            try:
-                found[name] = float(found[name])
-            except (TypeError, ValueError):
-                raise TunedError(f"{name} must be a number, got {found[name]!r}") from None
+            found[name] = _number(name, found[name])
             if not least <= found[name] < below:
                 raise TunedError(f"{name} must be at least {least:g} and below {below:g}, got {found[name]:g}")
         if found["decay"] not in (None, *DECAYS):
             raise TunedError(f"decay {found['decay']!r} is not a convention: choose one of {', '.join(DECAYS)}")
         return cls(**found)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TunedError(f"{name} must be a number, got {value!r}") from None
 
 
 _RANGES = {
@@ -103,13 +108,15 @@ def read_tuned(path: str | Path, shape: Mapping[str, int] | None = None) -> Tune
     try:
         base, target = base_and_target(values)
         numbers = TunedNumbers.read(values)
+        init_std = values.get("init_std")
+        init_std = None if init_std is None else _number("init_std", init_std)
     except (ValueError, TypeError) as error:
         raise TunedError(f"{path}: {str(error).splitlines()[0]}") from error
     return Tuned(
         base,
         target,
         values.get("spec", DEFAULT_SPEC),
-        values.get("init_std"),
+        init_std,
         values.get("constants") or None,
         numbers,
     )
@@ -151,7 +158,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
     except OSError as error:
         raise TunedError(f"{path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TunedError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise TunedError(f"{path}: expected a mapping of names to values")
@@ -171,10 +178,11 @@ def build_config(model: str | None, model_type: str | None, overrides: Mapping[s
             config = AutoConfig.from_pretrained(model, **overrides)
         else:
             config = AutoConfig.for_model(model_type or "", **overrides)
+    except StrictDataclassError as error:
+        raise TunedError(f"overrides: {' '.join(str(error).split())}") from error
     except (ValueError, OSError) as error:
         raise TunedError(f"no config for {model or model_type!r}: {str(error).splitlines()[0]}") from error
-    if hasattr(config, "moe_param"):  # of the run that wrote this config; what is built of it starts from scratch
-        del config.moe_param
+    config = without_records(config)
     declared = type(config)()
     known = {"head_dim", *declared.to_dict()}  # head_dim: some families read it without declaring it
     unknown = [key for key in overrides if key not in known and not hasattr(declared, key)]

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_param
 from moe_param import Parameterization, ParameterizationError, Shape
-from moe_param.fresh import departure, loaded
+from moe_param.fresh import departure, loaded, trained
+from moe_param.structure.laws import InitLaw
 from moe_param.structure.trace import trace_model
 from tests.models import FAMILIES, build, families, tiny_config, tokens
 from tests.test_apply import BASE, assert_untouched, snapshot
@@ -163,3 +164,9 @@ def test_parameterized_weights_are_taken_for_what_they_are(tmp_path: Path) -> No
     moe_param.apply(twin, twin.config, seed=1)  # at the base the rules are transformers' own
     twin.save_pretrained(tmp_path / "base")
     Parameterization.from_model(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "base")))
+
+
+def test_a_scalar_parameter_is_no_sign_of_training() -> None:
+    module = torch.nn.Module()
+    module.scale = torch.nn.Parameter(torch.tensor(1.0))
+    assert not trained(module, {"scale": InitLaw("constant", value=1.0)})  # type: ignore[arg-type]

@@ -159,3 +159,25 @@ def test_the_command_line_reads_it(tmp_path: Path) -> None:
     assert document["init_std"] == 0.05 and not document["recorded"]
     wrong = program.run("explain", str(write(path, tuned_at={"width": 32})), "--target", "width=128")
     assert wrong.exit_code == 2 and "width 32, not 64" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"model_type: mixtral # \xe9\n", "not YAML"),
+        (b"model_type: mixtral\noverrides: {hidden_size: wide}\n", "hidden_size.*expected int"),
+        (b"model_type: mixtral\ninit_std: small\n", "init_std must be a number"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(text: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tuned.yaml").write_bytes(text)
+    with pytest.raises(TunedError, match=rf"tuned\.yaml: .*{message}"):
+        read_tuned(tmp_path / "tuned.yaml")
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    """YAML 1.1 takes 2e-2, without a dot, for text."""
+    path = write(tmp_path / "tuned.yaml", init_std=None)
+    path.write_text(path.read_text() + "init_std: 2e-2\n")
+    assert yaml.safe_load(path.read_text())["init_std"] == "2e-2"
+    assert read_tuned(path).init_std == 0.02

@@ -16,6 +16,9 @@ from moe_param.structure.adapters import adapter_for
 from moe_param.structure.shape import SIZES, Shape, ShapeError, measure
 from moe_param.structure.trace import find_layers, is_experts, model_class_for, shared_trace
 
+RECORDS = "moe_param"
+"""What the names of all entries begin with that this package writes into the config of a model."""
+
 # Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
 # `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
 _WIDTH = r"hidden_size|d_model"
@@ -48,7 +51,7 @@ def scale_config(
     `kv_lora_rank`), state-space ranks, and dense MLPs where experts have a size of their own. With expert_size scale
     shared experts, and dense MLPs where one attribute gives the size of both. Layer patterns are continued: a periodic
     pattern goes on, a run of leading dense layers keeps its length. Expert groups keep their number. `model_class` is
-    the class the config is for, where transformers cannot tell.
+    the class the config is for, where transformers cannot tell. What we recorded of a trained model is left out.
 
     Raises:
         ShapeError: a size that is not a positive integer or does not divide (the nearest that do are named), an axis
@@ -62,12 +65,20 @@ def scale_config(
     attributes = Attributes.read(config, old)
     new = attributes.target(given)
     if new == old:
-        return copy.deepcopy(config)
+        return without_records(config)
     for axis, why in adapter_for(config).refuse.items():
         if getattr(new, axis) != getattr(old, axis):
             raise ShapeError(f"{type(config).__name__} cannot change {axis}: {why}")
     values = repeat_layers(attributes.scaled(new), old.depth, new.depth)
     return _verified(config, values, model_class, source, old, new)
+
+
+def without_records(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy for a model that is built anew: what was written into the config is of the one that was trained."""
+    plain = copy.deepcopy(config)
+    for name in [name for name in vars(plain) if name.startswith(RECORDS)]:
+        delattr(plain, name)
+    return plain
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Attributes:
     @classmethod
     def read(cls, config: PretrainedConfig, shape: Shape) -> Attributes:
         """Which attribute is scaled with which size, from its name and, where a name is ambiguous, its value."""
-        values = {key: value for key, value in config.to_dict().items() if key != "moe_param"}
+        values = {key: value for key, value in config.to_dict().items() if not key.startswith(RECORDS)}
         present = [key for key, value in values.items() if _numbers(value)]
         own_size = any(re.fullmatch(_EXPERT_SIZE, k) and _numbers(values[k])[0] == shape.expert_size for k in present)
         axis_of: dict[str, str] = {}

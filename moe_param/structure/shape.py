@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
+from moe_param.naming import nearest
 from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, model_class_for, shared_trace
 
 AXES = ("width", "depth", "num_experts", "expert_size")
@@ -63,11 +64,11 @@ class Shape:
             ShapeError: an unknown axis, a size that would not be whole.
         """
         if axis not in AXES:
-            raise ShapeError(f"unknown axis {axis!r} (valid: {', '.join(AXES)})")
+            raise ShapeError(f"unknown axis {axis!r}{nearest(axis, AXES)}")
         sizes = {}
         for name in (axis, *{"width": ("expert_size",), "num_experts": ("top_k",)}.get(axis, ())):
             size = getattr(self, name) * factor
-            if size != int(size):
+            if not float(size).is_integer():
                 raise ShapeError(f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole")
             sizes[name] = int(size)
         return replace(self, **sizes)

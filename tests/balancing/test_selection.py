@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Training
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
-from moe_param import BalanceError, LoadBalancer, LoadBalancingCallback, Parameterization, Shape, apply
+from moe_param import BalanceError, LoadBalancer, LoadBalancingCallback, Parameterization, Shape, apply, scale_config
 from moe_param import load_selection_biases as load
 from moe_param.balancing.saved import FILE
 from moe_param.balancing.selection import CONFIG
 from moe_param.training.trainer import MoETrainer
+from moe_param.tuned import build_config
 from tests.balancing.test_routing import INJECTED, NATIVE, REFUSED
 from tests.models import CORE, FAMILIES, build, families, tokens
 
@@ -284,3 +285,17 @@ def test_a_model_that_trl_trained_and_saved_comes_back(tmp_path: Path) -> None:
     assert torch.equal(run(loaded), run(model))
     assert callback.balancer is not None and callback.balancer.bias.any()
     assert [bias.tolist() for bias in biases(loaded)] == callback.balancer.bias.tolist()
+
+
+def test_a_config_with_biases_is_scaled_and_built_anew(tmp_path: Path) -> None:
+    """The names of routers are no layer pattern, and a new model has lost no biases."""
+    model, balancer = injected("mixtral")  # experts in every layer: as many names as layers
+    shape = Shape.from_config(model.config)
+    half = scale_config(model.config, depth=shape.depth // 2)
+    assert half.num_hidden_layers == shape.depth // 2
+    assert not hasattr(half, CONFIG) and not hasattr(scale_config(model.config, depth=shape.depth), CONFIG)
+    apply(model, half, reinit=False, folds=False)
+    assert getattr(model.config, CONFIG) == [route.name for route in balancer.routes]  # the model's own stays
+    model.save_pretrained(tmp_path)
+    config = build_config(str(tmp_path), None, {})
+    apply(type(model)(config), Shape.from_config(config))

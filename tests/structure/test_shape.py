@@ -289,5 +289,7 @@ def test_along_moves_what_the_paper_moves() -> None:
     )
     with pytest.raises(ShapeError, match=r"top_k would be 2\.5"):
         base.along("num_experts", 1.25)
+    with pytest.raises(ShapeError, match="width × inf: width would be inf"):
+        base.along("width", float("inf"))
     with pytest.raises(ShapeError, match="unknown axis 'top_k'"):
         base.along("top_k", 2)
