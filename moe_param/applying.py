@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from moe_param.balancing.selection import require_selection_biases
+from moe_param.balancing.selection import Selection, require_selection_biases
 from moe_param.fresh import departure, loaded
 from moe_param.init import prepare
 from moe_param.parameterization import Parameterization
@@ -22,7 +22,7 @@ from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.structure.roles import check_routers, read_structure
 from moe_param.structure.scaling_config import scale_config
 from moe_param.structure.shape import Shape, ShapeError
-from moe_param.structure.trace import trace_model
+from moe_param.structure.trace import shared_trace
 from moe_param.tuned import Tuned, read_tuned
 
 
@@ -115,9 +115,10 @@ def apply(
         constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
         seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device
             or the sharding. Default: drawn from torch's global generator (give one where ranks must agree).
-        reinit: True writes new weights. False leaves them alone (continued training) and gives only the rates. By
-            default new weights are written where the model was just built; one that was loaded or trained is an error,
-            and so is one initialized by other code. What tells them is in `moe_param.fresh`, with its limits.
+        reinit: True writes new weights, and sets selection biases back. False leaves all as it is (continued training)
+            and gives only the rates. By default new weights are written where the model was just built; one that was
+            loaded or trained is an error, and so is one initialized by other code. What tells them is in
+            `moe_param.fresh`, with its limits.
         folds: for reinit=False. The rates are for weights that carry the folded multipliers, as those do that were
             initialized by the rules. Weights that do not are 1/a times larger than the rules think, where a multiplier
             a was folded. False gives rates for those: the learning rate is divided by a, so that a step has the size
@@ -172,11 +173,14 @@ def apply(
     initialize = None
     if write:
         assert seed is not None
+        starts = _starts(model)
         initialize = prepare(model, {name: (rule.init, rule.padding) for name, rule in rules.items()}, seed)
     if backend is not None:
         _set_experts(model, backend)
     if initialize is not None:
         initialize()
+        for buffer, value in starts:
+            buffer.fill_(value)
     model.config.moe_param = record
     model._moe_param = True  # type: ignore[assignment]
     return parameterization
@@ -194,7 +198,7 @@ def _reinit(model: PreTrainedModel, reinit: bool | None) -> bool:
         found = "is already parameterized (config.moe_param is set; Parameterization.from_model reads its rules)"
     elif name:
         found = f"holds loaded weights ({name} is from a checkpoint)"
-    elif departs := departure(model, trace_model(type(model), model.config)[1].laws):
+    elif departs := departure(model, shared_trace(type(model), model.config)[1].laws):
         found = f"holds weights that are not as transformers builds them ({departs})"
     else:
         return True
@@ -202,6 +206,13 @@ def _reinit(model: PreTrainedModel, reinit: bool | None) -> bool:
         f"{type(model).__name__} {found}: pass reinit=False to keep its weights and take the rates, or reinit=True to "
         "write new weights over them"
     )
+
+
+def _starts(model: PreTrainedModel) -> list[tuple[torch.Tensor, float]]:
+    """Buffers that start at a constant, with it: selection biases, and what else construction fills. Injected: 0."""
+    laws = shared_trace(type(model), model.config)[1].laws
+    own = [(b, laws[n].value) for n, b in model.named_buffers() if n in laws and laws[n].kind == "constant"]
+    return own + [(module.bias, 0.0) for module in model.modules() if isinstance(module, Selection)]
 
 
 def _rates(model: PreTrainedModel, rules: dict[str, Rule], folds: bool | None) -> dict[str, Rule]:

@@ -22,11 +22,13 @@ from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.roles import layer_pattern
 from moe_param.structure.shape import Shape
-from moe_param.structure.trace import trace_model
+from moe_param.structure.trace import shared_trace
 from moe_param.tuned import TunedNumbers
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
+
+    from moe_param.balancing.balancer import Rate
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Parameterization:
         *,
         optimizer: str | type[torch.optim.Optimizer] = "adamw",
         clip: float | None = None,
-        balance: float | Mapping[str, Any] | TrainerCallback | None = None,
+        balance: Rate | Mapping[str, Any] | TrainerCallback | None = None,
         adam_like: bool = False,
         lr: float | None = None,
         eps: float | None = None,
@@ -204,7 +206,10 @@ class Parameterization:
         Raises:
             OptimizerError: numbers that contradict each other, no learning rate, or what `args` ask and would not be
                 done, or would undo the rules: another optimizer, ReduceLROnPlateau, Trainer's own clipping, DeepSpeed.
+            BalanceError: a rate of balancing that is none, or an unknown rule.
         """
+        from transformers import TrainerCallback
+
         from moe_param.balancing.callback import LoadBalancingCallback
         from moe_param.experts.reload import ReloadExpertsCallback
         from moe_param.optim.arguments import AgreementCallback, check_arguments, choose_numbers
@@ -214,7 +219,7 @@ class Parameterization:
         optimizer_class = adam_class(optimizer, adam_like)
         if isinstance(balance, Mapping):
             balance = LoadBalancingCallback(**balance)
-        elif isinstance(balance, int | float):
+        elif balance is not None and not isinstance(balance, TrainerCallback):
             balance = LoadBalancingCallback(balance)
         clipping = None if clip is None else ScaleFreeClipping(self, clip)
         beta1, beta2 = betas or (None, None)
@@ -236,7 +241,8 @@ class Parameterization:
         optim.check_numbers(**numbers)
         for name, number in taken.items():  # so that what the Trainer reports is what it trains with
             setattr(args, name, number)
-        if str(getattr(args.optim, "value", args.optim)) == "adamw_torch_fused" and isinstance(optimizer, str):
+        fused = str(getattr(args.optim, "value", args.optim)) == "adamw_torch_fused" and isinstance(optimizer, str)
+        if fused and not options.get("foreach"):
             options.setdefault("fused", True)  # as Trainer does
 
         def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -350,7 +356,7 @@ class Parameterization:
 def _check_initialized(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> None:
     """Refuses weights that do not follow their rules, are untrained, and do follow transformers' own laws."""
     wrong = departure(model, laws)
-    if wrong and not trained(model, laws) and not departure(model, trace_model(type(model), model.config)[1].laws):
+    if wrong and not trained(model, laws) and not departure(model, shared_trace(type(model), model.config)[1].laws):
         raise ParameterizationError(
             f"{type(model).__name__} has the config of a parameterized model, and weights that transformers has just "
             f"built ({wrong}): call moe_param.apply(model, base_shape) to initialize them, or load the model's own"

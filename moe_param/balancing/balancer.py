@@ -82,10 +82,7 @@ class LoadBalancer:
         process_group: dist.ProcessGroup | None = None,
         strict: bool = False,
     ) -> None:
-        if rule not in RULES:
-            raise BalanceError(f"rule is {rule!r}: expected one of {RULES}")
-        if not callable(rate) and not 0 <= rate < math.inf:
-            raise BalanceError(f"rate is {rate}: expected a number ≥ 0, or a function of the step")
+        check_settings(rate, rule)
         self.model: PreTrainedModel = unwrap(model)
         self.rate, self.rule, self.recentre, self.group = rate, rule, recentre, process_group
         require_selection_biases(self.model)
@@ -120,9 +117,9 @@ class LoadBalancer:
     def _place(self) -> None:
         gates = {r.name: (r.module, r.gate, r.num_experts) for r in self.routes if r.gate is not None}
         place(self.model, gates)
-        for name, (router, _, _) in gates.items():
-            route = next(route for route in self.routes if route.name == name)
-            route.owner, route.leaf = selection_of(router), "bias"
+        for route in self.routes:
+            if route.gate is not None:
+                route.owner, route.leaf = selection_of(route.module), "bias"
 
     # -- in the forward pass -------------------------------------------------------------------------------------
     def _enter(self, module: nn.Module) -> Callable[..., None]:
@@ -295,6 +292,19 @@ class _Hook:
 
 def _nothing(*args: Any) -> None:
     """The hook of a copy."""
+
+
+def check_settings(rate: Any, rule: Any) -> None:
+    """That there is such a rule, and that the rate is one.
+
+    Raises:
+        BalanceError: naming what was expected.
+    """
+    if rule not in RULES:
+        raise BalanceError(f"rule is {rule!r}: expected one of {RULES}")
+    number = isinstance(rate, int | float) and not isinstance(rate, bool)
+    if not callable(rate) and not (number and 0 <= rate < math.inf):
+        raise BalanceError(f"rate is {rate!r}: expected a number ≥ 0, or a function of the step")
 
 
 def _check_movable(routes: list[Route], inject: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_param.balancing.balancer import LoadBalancer, Rate
+from moe_param.balancing.balancer import LoadBalancer, Rate, check_settings
 from moe_param.balancing.routing import unwrap
 from moe_param.balancing.saved import FILE, load_selection_biases
 from moe_param.balancing.selection import named_routers
@@ -25,6 +25,9 @@ class LoadBalancingCallback(TrainerCallback):
         load_from: folder of saved biases to start from. A resumed run finds those of its checkpoint by itself in
             `output_dir`; give the folder where the checkpoint lies elsewhere.
 
+    Raises:
+        BalanceError: a rate or a rule that is none.
+
     The numbers go into `state.log_history` and to the callbacks after this one; those that `report_to` names run
     before it.
     """
@@ -39,6 +42,7 @@ class LoadBalancingCallback(TrainerCallback):
         strict: bool = False,
         load_from: str | Path | None = None,
     ) -> None:
+        check_settings(rate, rule)
         self.settings: dict[str, Any] = {
             "rate": rate,
             "rule": rule,

@@ -46,8 +46,7 @@ def clip_grad_norm_(
         OptimizerError: a threshold that is not positive, a model that is not the one parameterized, no gradients, or
             rules from a record too old to know the base's numbers of elements.
     """
-    if not max_norm > 0:
-        raise OptimizerError(f"max_norm must be > 0 (inf only measures), got {max_norm}")
+    _check_threshold(max_norm)
     rules = parameterization if isinstance(parameterization, Mapping) else parameterization.rules
     # One norm per mesh and weight: torch's own fused norm, and one reduction where gradients are sharded.
     groups: dict[Any, list[torch.nn.Parameter]] = {}
@@ -74,6 +73,11 @@ def clip_grad_norm_(
     return total
 
 
+def _check_threshold(max_norm: Any) -> None:
+    if isinstance(max_norm, bool) or not isinstance(max_norm, int | float) or not max_norm > 0:
+        raise OptimizerError(f"max_norm must be > 0 (inf only measures), got {max_norm!r}")
+
+
 class ScaleFreeClipping(TrainerCallback):
     """`clip_grad_norm_` in a `Trainer`, before each optimizer step; logs `scale_free_grad_norm`.
 
@@ -83,8 +87,7 @@ class ScaleFreeClipping(TrainerCallback):
     """
 
     def __init__(self, parameterization: Parameterization | Mapping[str, Rule], max_norm: float) -> None:
-        if not max_norm > 0:
-            raise OptimizerError(f"max_norm must be > 0 (inf only measures), got {max_norm}")
+        _check_threshold(max_norm)
         self.parameterization = parameterization
         self.max_norm = max_norm
         self.norm: torch.Tensor | None = None

@@ -145,8 +145,16 @@ def check_numbers(
     tokens_ratio: float,
 ) -> tuple[HorizonFactors, float]:
     """The factors of batch and tokens, and the one on weight decay that all groups share. Errors as there."""
-    if not lr > 0 or not eps >= 0 or not weight_decay >= 0:
-        raise OptimizerError(f"lr must be > 0, eps and weight_decay ≥ 0: got {lr}, {eps}, {weight_decay}")
+    try:
+        valid = 0 < lr < math.inf and 0 <= eps < math.inf and 0 <= weight_decay < math.inf
+        valid = valid and (betas is None or (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)))
+    except TypeError:
+        valid = False
+    if not valid:
+        raise OptimizerError(
+            "lr must be > 0, eps and weight_decay ≥ 0, betas two numbers from 0 to below 1: "
+            f"got lr {lr!r}, eps {eps!r}, weight_decay {weight_decay!r}, betas {betas!r}"
+        )
     horizon = horizon_factors(batch_ratio, tokens_ratio)
     if horizon.beta != 1.0 and betas is None:
         raise OptimizerError(

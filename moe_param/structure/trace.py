@@ -113,7 +113,10 @@ class Router:
 
 @dataclass
 class Trace:
-    """Everything one pass tells. Parameter names are those of `named_parameters()` (tied ones once)."""
+    """Everything one pass tells. Parameter names are those of `named_parameters()` (tied ones once).
+
+    laws: of all parameters, and of the buffers that the model's construction writes in place (selection biases).
+    """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     laws: dict[str, InitLaw] = field(default_factory=dict)
@@ -527,6 +530,7 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         for name, parameter in model.named_parameters():
             trace.shapes[name] = tuple(parameter.shape)
             trace.laws[name] = inits.laws.get(parameter, InitLaw("special"))
+        trace.laws |= {name: law for name, buffer in model.named_buffers() if (law := inits.laws.get(buffer))}
         _use_plain_implementations(model)
         handles = _hook(model, layers, watcher)
         purpose = f"{model_class.__name__} could not be run on fake tensors to find the roles of its parameters"

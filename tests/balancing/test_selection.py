@@ -299,3 +299,13 @@ def test_a_config_with_biases_is_scaled_and_built_anew(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     config = build_config(str(tmp_path), None, {})
     apply(type(model)(config), Shape.from_config(config))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "mixtral"])  # with biases of its own (buffers), and injected ones
+def test_new_weights_come_without_old_biases(family: str) -> None:
+    model, balancer = injected(family)
+    shape, moved = Shape.from_config(model.config), [balancer.routes[row] for row in balancer.moved]
+    apply(model, shape, reinit=False, folds=False)
+    assert all(route.native is not None and route.native.abs().min() > 0 for route in moved)  # control: kept weights
+    apply(model, shape, reinit=True, seed=1)
+    assert all(route.native is not None and not route.native.any() for route in moved)

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import moe_param
-from moe_param import OptimizerError, Parameterization, ReloadError
+from moe_param import BalanceError, OptimizerError, Parameterization, ReloadError
 from moe_param.tuned import TunedNumbers
 from tests.models import build, tiny_config, tokens
 
@@ -107,6 +107,10 @@ def test_contradictions(tmp_path: Path) -> None:
         ({}, {"optimizer": torch.optim.SGD}, r"SGD is not Adam"),
         ({}, {"clip": -1.0}, r"max_norm must be > 0"),
         ({"weight_decay": 0.1}, {"optimizer": "adam"}, r"Adam adds weight_decay"),
+        ({}, {"clip": True}, r"max_norm must be > 0 .* got True"),
+        ({}, {"betas": (0.9, 1.5)}, r"betas two numbers from 0 to below 1: .*1\.5"),
+        ({"learning_rate": 5e-5}, {"lr": "1e-3"}, r"lr must be > 0, .* got lr '1e-3'"),
+        ({"learning_rate": 5e-5}, {"lr": float("inf")}, r"lr must be > 0, .* got lr inf"),
     ],
 )
 def test_what_would_not_be_done_is_refused(changes: Any, given: Any, message: str, tmp_path: Path) -> None:
@@ -149,6 +153,27 @@ def test_clipping_and_balancing_ride_along(tmp_path: Path) -> None:
         isinstance(c, moe_param.LoadBalancingCallback) and c.settings["rate"] == 0.0
         for c in p.trainer_arguments(args, balance=0.0)["callbacks"]
     )
+
+
+def test_what_balances_is_a_rate_or_a_callback(tmp_path: Path) -> None:
+    """True would be a rate of 1, and a schedule no callback."""
+    _, p = small()
+    decay = moe_param.linear_decay(0.1, 4)
+    given = p.trainer_arguments(arguments(tmp_path, learning_rate=1e-3), balance=decay)
+    assert given["callbacks"][-1].settings["rate"] is decay
+    for wrong in (True, "0.1", -1.0, {"rate": 0.1, "rule": "signs"}):
+        args = arguments(tmp_path, learning_rate=1e-3)
+        with pytest.raises(BalanceError, match=r"rate is|rule is"):
+            p.trainer_arguments(args, balance=wrong)  # type: ignore[arg-type]
+        assert args.adam_epsilon == 1e-8  # nothing was written
+
+
+def test_foreach_in_place_of_trainers_fused(tmp_path: Path) -> None:
+    model, p = small()
+    factory, numbers = p.trainer_arguments(arguments(tmp_path, learning_rate=1e-3), foreach=True)[
+        "optimizer_cls_and_kwargs"
+    ]
+    assert factory()(model, **numbers).defaults["foreach"]
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
