@@ -40,8 +40,8 @@ def check_available() -> None:
     missing = [package for package in ("triton", "megablocks") if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(
-            f"experts_implementation='megablocks' needs {' and '.join(missing)}, not installed here. Run `python -m "
-            "patches.install` in a checkout of moe_param, or by hand `pip install triton` and `pip install --no-deps "
+            f"experts_implementation='megablocks' needs {' and '.join(missing)}, not installed here. Run "
+            "`moe-param install-kernels`, or by hand `pip install triton` and `pip install --no-deps "
             "--no-build-isolation megablocks==0.10.0` (its pins refuse current torch; its CUDA operators are not "
             "needed). On a CPU use experts_implementation='grouped_mm'."
         )
@@ -79,8 +79,8 @@ def gmm_provider(device: torch.device, dtype: torch.dtype, choice: str | None = 
             )
         if importlib.util.find_spec("grouped_gemm") is None:
             raise ImportError(
-                "MOE_PARAM_GMM=grouped_gemm needs the grouped_gemm package, not installed here: run `python -m "
-                "patches.install` in a checkout of moe_param, or choose 'torch'"
+                "MOE_PARAM_GMM=grouped_gemm needs the grouped_gemm package, not installed here: run `moe-param "
+                "install-kernels`, or choose 'torch'"
             )
         return choice
     if choice == "auto" and device.type == "cuda" and dtype == torch.bfloat16:

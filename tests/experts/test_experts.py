@@ -133,9 +133,9 @@ def test_missing_packages_are_named_on_first_use(missing: tuple[str, ...], witho
     model = mixtral("megablocks")  # building one is fine: it may run elsewhere
     with pytest.raises(ImportError, match=f"needs {' and '.join(missing)}, not installed here") as error:
         model(torch.zeros(1, 4, dtype=torch.long))
-    for words in ("python -m patches.install", "pip install", "experts_implementation='grouped_mm'"):
+    for words in ("moe-param install-kernels", "pip install", "experts_implementation='grouped_mm'"):
         assert words in str(error.value)
-    with pytest.raises(ImportError, match=r"patches\.install"):
+    with pytest.raises(ImportError, match="moe-param install-kernels"):
         experts.check_available()
     assert not experts.is_available() and not experts.is_available("cuda")
     model.set_experts_implementation("eager")  # the control

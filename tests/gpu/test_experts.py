@@ -1,5 +1,5 @@
 """The "megablocks" experts on a GPU: `pytest -m gpu tests/gpu -s`, with triton and megablocks, and grouped_gemm for the
-second provider. The references are those of the CPU tests (tests/experts_interpreted.py), in float64."""
+second provider. The references are those of the CPU tests (tests/experts/interpreted.py), in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.models import build, tiny_config, tokens
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(not experts.is_available(), reason="needs triton and megablocks (python -m patches.install)"),
+    pytest.mark.skipif(not experts.is_available(), reason="needs triton and megablocks (moe-param install-kernels)"),
 ]
 
 SIZES = (8, 256, 128)  # experts, width, expert size

@@ -24,7 +24,7 @@ def test_no_family_is_unknown() -> None:
     unknown = sorted(found - known)
     assert not unknown, (
         f"transformers {transformers.__version__} has families nobody has looked at: {unknown}. Add a tiny config for "
-        "each to recipes/evidence/coord_check/families.json, run tests/test_families.py, and add an entry to "
+        "each to recipes/evidence/coord_check/families.json, run tests/structure/test_families.py, and add an entry to "
         "moe_param/structure/adapters.yaml where structure cannot tell."
     )
 

@@ -233,7 +233,7 @@ def test_every_axis_is_scaled_or_refused_with_a_reason(family: str, axis: str) -
 
 
 EXACT = {family for family, *_ in CASES.values()}
-"""tests/test_exactness.py has these, over 20 steps."""
+"""tests/scaling/test_exactness.py has these, over 20 steps."""
 
 
 @pytest.mark.parametrize("family", families(FAMILIES, set(CORE) - EXACT))
