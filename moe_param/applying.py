@@ -77,8 +77,8 @@ def plan(
         given = target_shape if target_shape.head_dim else replace(target_shape, head_dim=target.shape.head_dim)
         if given != target.shape:
             raise ShapeError(f"target_shape {given} is not the model's shape {target.shape}")
+    check_routers(base, "the base")  # first: where numbers are searched, it is the target too
     check_routers(target, "the target")
-    check_routers(base, "the base")
     _check_sparsity(base.shape, target.shape, allow_sparsity_change)
     rules = derive_rules(table, base, target, init_std, constants or {})
     return Parameterization(rules, table, base.shape, target.shape, seed, init_std, constants, numbers)
@@ -105,9 +105,9 @@ def apply(
 
     Args:
         model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
-        base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that a sweep
-            wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its learning rate, betas,
-            epsilon and decay are in the result's `tuned`.
+        base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that
+            `moe-param tune` wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its
+            learning rate, betas, epsilon and decay are in the result's `tuned`.
         target_shape: checked against the model; the model's own shape by default.
         spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping;
             by default the file's, or `moe-completep`.
