@@ -38,9 +38,9 @@ def folder_lock(folder: Path, what: str) -> Iterator[None]:
         )
     except Timeout:
         found = holder.read_text("utf-8") if holder.exists() else "another command"
-        raise InputError(f"{folder} is in use ({found}): wait for it or end it, or give another --output_dir") from None
+        raise InputError(f"{folder} is in use ({found}): wait for it or end it, or give another folder") from None
     except OSError as error:
-        raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --output_dir") from error
+        raise InputError(f"{folder} cannot be written to ({error.strerror}): give another folder") from error
     try:
         yield
     finally:

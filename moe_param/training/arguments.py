@@ -276,7 +276,8 @@ def set_horizon(args: PretrainArguments, seq_len: int, processes: int | None = N
 
 def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
     """What was given for `name`: a mapping in YAML, JSON, or for sizes NAME=VALUE,…"""
-    if isinstance(value, str) and name not in ("overrides", "constants") and not value.lstrip().startswith("{"):
+    sizes = name in ("base_shape", "shape", "target_shape", "tuned_at")
+    if isinstance(value, str) and sizes and not value.lstrip().startswith("{"):
         return dict(parse_sizes(value, SIZES, int, option=f"--{name}"))
     if isinstance(value, str):
         try:

@@ -98,6 +98,8 @@ class TuneArguments:
 
     def _check_rates(self) -> None:
         for value in self.log2_lrs:
+            if not -1000 <= value < math.inf:  # 0, infinite or not a number as a rate
+                raise InputError(f"log2_lrs: {value:g} is no power of 2 that a learning rate can be")
             if value > 0:  # 0.0078125 is a learning rate, 7 a forgotten sign
                 meant = round(math.log2(value), 2) if value < 1 else -value
                 raise InputError(

@@ -66,6 +66,8 @@ class TransferArguments:
         if self.smallest:
             self.octaves, self.seeds = [-1.0, 0.0, 1.0], [0]
         self.octaves, self.seeds = sorted(set(self.octaves)), sorted(set(self.seeds))
+        if not all(-100 < octave < 100 for octave in self.octaves):
+            raise InputError(f"octaves are {self.octaves}: expected numbers like -1 or 0.5, between -100 and 100")
         if len(self.octaves) < 3 or 0.0 not in self.octaves:
             raise InputError(
                 f"octaves are {self.octaves}: a ladder needs three rungs, 0 (the config's rate) among them"

@@ -141,6 +141,7 @@ def test_bad_input_is_named(changes: dict[str, list], message: str) -> None:
         (["--axes", "depth=0.25"], "depth"),
         (["--specs", "moe-completep", "standrad"], "no scaling spec 'standrad' .did you mean 'standard'"),
         (["--octaves", "-1", "0"], "three rungs"),
+        (["--octaves", "-1", "0", "1", "nan"], "octaves are .*nan.*: expected numbers"),
         (["--workers", "-1"], "workers is -1"),
     ],
 )

@@ -182,6 +182,9 @@ def test_password_is_not_written_down() -> None:
         (["--mode", "tpe", "--log2_lrs", "-7"], "nothing to search"),
         (["--seeds", "0", "0"], "the same seed twice"),
         (["--log2_lrs", "0.0078125"], r"log2_lrs: 0.0078125 would be a learning rate of .*did you mean -7\?"),
+        (["--log2_lrs", "nan"], "log2_lrs: nan is no power of 2"),
+        (["--log2_lrs", "-2000"], "log2_lrs: -2000 is no power of 2"),
+        (["--ladders", "[1]"], "ladders is .1.: expected a mapping"),
         (["--log2_lrs", "-7", "8"], r"log2_lrs: 8 would be a learning rate of .*did you mean -8\?"),
         (["--log2_lr", "-7"], r"unknown argument '--log2_lr' \(did you mean '--log2_lrs'\?\)"),
         (
