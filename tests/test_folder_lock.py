@@ -21,8 +21,11 @@ import os, sys, time
 from pathlib import Path
 from moe_param.folder_lock import folder_lock
 with folder_lock(Path(sys.argv[1]), "training"):
+    ready, started = os.pipe()
     if os.fork() == 0:  # as a loader's worker: it outlives a killed parent for a while
+        os.write(started, b".")
         time.sleep(60)
+    os.read(ready, 1)  # os.fork() has returned there too, and so let go of the lock
     print(os.getpid(), flush=True)
     input()
 """
