@@ -1,8 +1,8 @@
 """The "megablocks" experts with MegaBlocks' real Triton kernels, run by Triton's interpreter on the CPU.
 
 `TRITON_INTERPRET=1 python -m tests.experts.interpreted OUT.json [CHECK …]` runs the checks;
-tests/experts/test_experts.py does, and asks for the results. In a process of its own, because Triton decides on import whether it interprets. Interpreting
-costs some 20 ms per row (token and expert), hence the sizes.
+tests/experts/test_experts.py does, and asks for the results. In a process of its own, because Triton decides on
+import whether it interprets. Interpreting costs some 20 ms per row (token and expert), hence the sizes.
 """
 
 from __future__ import annotations
