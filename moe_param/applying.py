@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moe_param.balancing.selection import Selection, require_selection_biases
 from moe_param.fresh import departure, loaded
 from moe_param.init import prepare
+from moe_param.naming import check_known
 from moe_param.parameterization import Parameterization
 from moe_param.record import check_plain, check_shapes
 from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
@@ -307,14 +308,12 @@ def _check_numbers(init_std: float | None, constants: Mapping[str, Mapping[str, 
         raise ParameterizationError(f"init_std must be a positive number, got {init_std!r}")
     if constants is not None and not isinstance(constants, Mapping):
         raise ParameterizationError(f"constants must map roles to {{'init': c, 'lr': c}}, got {constants!r}")
+    check_known(constants or (), ROLES, "role", "constants", ParameterizationError)
     for role, values in (constants or {}).items():
-        if role not in ROLES:
-            raise ParameterizationError(f"constants: unknown role {role!r} (valid: {', '.join(ROLES)})")
         if not isinstance(values, Mapping):
             raise ParameterizationError(f"constants.{role} must be a mapping like {{'lr': 0.5}}, got {values!r}")
+        check_known(values, ("init", "lr"), "key", f"constants.{role}", ParameterizationError)
         for key, value in values.items():
-            if key not in ("init", "lr"):
-                raise ParameterizationError(f"constants.{role}: unknown key {key!r} (valid: init, lr)")
             if not _positive(value):
                 raise ParameterizationError(f"constants.{role}.{key} must be a positive number, got {value!r}")
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import TypeVar
 
-from moe_param.errors import InputError
+from moe_param.errors import InputError, MoeParamError
 
 LISTED = 20
 """So many names are listed in an error; more of them would hide it."""
@@ -23,6 +23,16 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     if close:
         return f" (did you mean {close[0]!r}?)"
     return f" (valid: {', '.join(names)})" if 0 < len(names) <= LISTED else ""
+
+
+def check_known(
+    names: Iterable[object], valid: Iterable[str], kind: str, where: str, error: type[MoeParamError]
+) -> None:
+    """Raises `error` for the first of `names` that is not valid: `where: unknown kind 'name'`, and the nearest."""
+    valid = tuple(valid)
+    for name in names:
+        if name not in valid:
+            raise error(f"{where}: unknown {kind} {name!r}{nearest(str(name), valid)}")
 
 
 Number = TypeVar("Number", int, float)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 
 from moe_param.errors import InputError
-from moe_param.naming import nearest
+from moe_param.naming import check_known, nearest
 
 
 class Parser(HfArgumentParser):
@@ -87,9 +87,7 @@ def check_keys(source: str, values: Mapping[str, Any], names: Sequence[str]) -> 
     Raises:
         InputError: with the nearest that is one.
     """
-    for key in values:
-        if key not in names:
-            raise InputError(f"{source}: unknown key {key!r}{nearest(str(key), tuple(names))}")
+    check_known(values, names, "key", source, InputError)
 
 
 def _refuse(unknown: Sequence[str], names: Sequence[str]) -> None:

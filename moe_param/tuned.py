@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from moe_param.errors import MoeParamError
-from moe_param.naming import parse_sizes
+from moe_param.naming import check_known, parse_sizes
 from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.scaling_config import scale_config, without_records
@@ -138,9 +138,7 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
         sizes = values.get(name) or (values.get("target_shape") if name == "shape" else None) or {}
         if isinstance(sizes, str):
             sizes = parse_sizes(sizes, SIZES, int, option=name)
-        unknown = [key for key in sizes if key not in SIZES]
-        if unknown:
-            raise TunedError(f"{name}: no axis {', '.join(map(repr, unknown))}, expected any of {', '.join(SIZES)}")
+        check_known(sizes, SIZES, "size", name, TunedError)
         found.append(scale_config(config, **sizes) if sizes else config)
     base, target = found
     if values.get("tuned_at"):

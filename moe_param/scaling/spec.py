@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,8 +12,9 @@ from typing import Any
 import yaml
 
 from moe_param.errors import MoeParamError
-from moe_param.naming import nearest
+from moe_param.naming import check_known, nearest
 from moe_param.structure.adapters import ROLES as ROLES
+from moe_param.structure.adapters import exponents
 
 SHAPE_DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size")
 """Dimensions that are the same for every parameter of a model."""
@@ -143,7 +143,7 @@ def _load(source: str, folder: Path, chain: tuple[Path, ...]) -> ScalingSpec:
 
 def _build(table: Mapping[str, Any], folder: Path, chain: tuple[Path, ...]) -> ScalingSpec:
     """Checks a parsed table; what it leaves out is its parent's, if it extends one."""
-    _known(table, _KEYS, "key", "spec")
+    check_known(table, _KEYS, "key", "spec", SpecError)
     name = _text(table, "name", "spec")
     where = f"spec {name}"
     source = _text(table, "source", where)
@@ -160,7 +160,7 @@ def _build(table: Mapping[str, Any], folder: Path, chain: tuple[Path, ...]) -> S
     fixed = table.get("fixed", inherited["fixed"])
     if not isinstance(fixed, (list, tuple)):
         raise SpecError(f"{where}: fixed must be a list of dimensions, found {fixed!r}")
-    _known(fixed, SHAPE_DIMENSIONS, "dimension", f"{where}: fixed")
+    check_known(fixed, SHAPE_DIMENSIONS, "dimension", f"{where}: fixed", SpecError)
     sites = _mapping(table.get("multipliers", {}), SITES, "site", f"{where}: multipliers")
     multipliers = {
         site: _exponents(value, f"{where}: multipliers.{site}")
@@ -194,17 +194,13 @@ def _row(row: Any, where: str, parent: Mapping[str, Any]) -> RoleRule:
 
 
 def _exponents(value: Any, where: str) -> dict[str, float]:
-    for dimension, exponent in _mapping(value, DIMENSIONS, "dimension", where).items():
-        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
-        if not number or not math.isfinite(exponent):
-            raise SpecError(f"{where}.{dimension} must be a finite number, got {exponent!r}")
-    return {dimension: float(exponent) for dimension, exponent in value.items()}
+    return exponents(_mapping(value, DIMENSIONS, "dimension", where), where, SpecError)
 
 
 def _mapping(value: Any, valid: tuple[str, ...], kind: str, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise SpecError(f"{where} must map {kind}s to their values ({{}} for none), found {value!r}")
-    _known(value, valid, kind, where)
+    check_known(value, valid, kind, where, SpecError)
     return value
 
 
@@ -214,9 +210,3 @@ def _text(table: Mapping[str, Any], key: str, where: str) -> str:
     if not isinstance(table[key], str) or not table[key]:
         raise SpecError(f"{where}: {key} must be text, found {table[key]!r}")
     return str(table[key])
-
-
-def _known(names: Any, valid: tuple[str, ...], kind: str, where: str) -> None:
-    for name in names:
-        if name not in valid:
-            raise SpecError(f"{where}: unknown {kind} {name!r}{nearest(str(name), valid)}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from moe_param.errors import MoeParamError
-from moe_param.naming import nearest
+from moe_param.naming import check_known
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -70,7 +70,7 @@ class Adapter:
         """
         if not isinstance(entry, Mapping):
             raise AdapterError(f"adapter of {model_type}: expected a mapping of keys to values, got {entry!r}")
-        _known(entry, tuple(f.name for f in fields(cls)), "key", f"adapter of {model_type}")
+        check_known(entry, tuple(f.name for f in fields(cls)), "key", f"adapter of {model_type}", AdapterError)
         values = dict(entry)
         for key, check in _CHECKS.items():
             if key in values:
@@ -134,23 +134,29 @@ def _count(value: Any, where: str) -> int:
     return value
 
 
-def _mapping(value: Any, where: str, example: str) -> Mapping[str, Any]:
+def _mapping(
+    value: Any, where: str, example: str, valid: tuple[str, ...] | None = None, kind: str = "dimension"
+) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise AdapterError(f"{where} must be a mapping like {example}, got {value!r}")
+    check_known(() if valid is None else value, valid or (), kind, where, AdapterError)
     return value
 
 
+def exponents(values: Mapping[str, Any], where: str, error: type[MoeParamError]) -> dict[str, float]:
+    """The exponents of dimensions, as numbers; raises `error` where one is no finite number."""
+    for dimension, exponent in values.items():
+        number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
+        if not number or not math.isfinite(exponent):
+            raise error(f"{where}.{dimension} must be a finite number, got {exponent!r}")
+    return {dimension: float(exponent) for dimension, exponent in values.items()}
+
+
 def _factors(value: Any, where: str) -> Mapping[str, Mapping[str, float]]:
-    example = "{'embedding': {'width': 0.5}}"
-    _known(_mapping(value, where, example), ROLES, "role", where)
     read = {}
-    for role, exponents in value.items():
-        _known(_mapping(exponents, f"{where}.{role}", "{'width': 0.5}"), _DIMENSIONS, "dimension", f"{where}.{role}")
-        for dimension, exponent in exponents.items():
-            number = isinstance(exponent, (int, float)) and not isinstance(exponent, bool)
-            if not number or not math.isfinite(exponent):
-                raise AdapterError(f"{where}.{role}.{dimension} must be a finite number, got {exponent!r}")
-        read[role] = MappingProxyType({dimension: float(exponent) for dimension, exponent in exponents.items()})
+    for role, row in _mapping(value, where, "{'embedding': {'width': 0.5}}", ROLES, "role").items():
+        of_role = _mapping(row, f"{where}.{role}", "{'width': 0.5}", _DIMENSIONS)
+        read[role] = MappingProxyType(exponents(of_role, f"{where}.{role}", AdapterError))
     return MappingProxyType(read)
 
 
@@ -160,20 +166,19 @@ def _patterns(value: Any, where: str) -> Mapping[str, str]:
             re.compile(pattern)
         except (re.error, TypeError) as error:
             raise AdapterError(f"{where}: {pattern!r} is no regular expression ({error})") from None
-        _known((role,), ROLES, "role", where)
+        check_known((role,), ROLES, "role", where, AdapterError)
     return MappingProxyType(dict(value))
 
 
 def _refusals(value: Any, where: str) -> Mapping[str, str]:
-    _known(_mapping(value, where, "{'depth': 'why it cannot be scaled'}"), _DIMENSIONS, "dimension", where)
-    return MappingProxyType({dimension: _text(why, f"{where}.{dimension}") for dimension, why in value.items()})
+    refused = _mapping(value, where, "{'depth': 'why it cannot be scaled'}", _DIMENSIONS)
+    return MappingProxyType({dimension: _text(why, f"{where}.{dimension}") for dimension, why in refused.items()})
 
 
 def _gate(value: Any, where: str) -> Mapping[str, Any] | str:
     if isinstance(value, str):
         return _text(value, where)
-    _known(_mapping(value, where, "{'scores': 'sigmoid'}, or a sentence"), tuple(_GATE), "key", where)
-    for key, found in value.items():
+    for key, found in _mapping(value, where, "{'scores': 'sigmoid'}, or a sentence", tuple(_GATE), "key").items():
         valid = _GATE[key]
         if found not in valid if valid else not isinstance(found, str):
             what = f"one of {', '.join(map(repr, valid))}" if valid else "the name of an attribute of the router"
@@ -200,9 +205,3 @@ _CHECKS = {
     "gate": _gate,
     "refuse": _refusals,
 }
-
-
-def _known(names: Any, valid: tuple[str, ...], kind: str, where: str) -> None:
-    for name in names:
-        if name not in valid:
-            raise AdapterError(f"{where}: unknown {kind} {name!r}{nearest(str(name), valid)}")

@@ -172,7 +172,7 @@ def test_wrong_yaml(tmp_path: Path, yaml: str, error: type[Exception], message: 
         ),
         (["--overrides", "{hidden: 1}"], InputError, "not JSON"),
         (["--overrides", '{"hiden_size": 1}'], moe_param.TunedError, "have no hiden_size"),
-        (["--shape", '{"wide": 1}'], moe_param.TunedError, "no axis 'wide', expected any of width"),
+        (["--shape", '{"wide": 1}'], moe_param.TunedError, "shape: unknown size 'wide' .did you mean 'width'"),
         (["--shape", '{"width": 17}'], moe_param.ShapeError, "width"),
         (["--model_type", "mixtrall"], moe_param.TunedError, "no config for 'mixtrall'"),
         (["--model", "some/id", "--model_type", "mixtral"], InputError, "set one of model"),
