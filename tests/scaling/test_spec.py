@@ -191,18 +191,18 @@ def test_what_extending_cannot_say(tmp_path: Path) -> None:
 
 
 # -- the numbers -----------------------------------------------------------------------------------------------------
-# base: width 32, 2 layers, 4 experts of 16, top 1, heads of 8. target: width ×4, depth ×2, experts (and top_k) ×3,
+# base: width 32, 2 layers, 8 experts of 16, top 2, heads of 8. target: width ×4, depth ×2, experts (and top_k) ×3,
 # expert size ×5, head_dim ×16/8. One prime per axis, so that no two products agree by chance.
 BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 8}
 TARGET = {**BASE, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8}
 TARGET["head_dim"] = 16
 MIXTRAL = (
-    {**BASE, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 16},
-    {**TARGET, "num_local_experts": 12, "num_experts_per_tok": 3, "intermediate_size": 80},
+    {**BASE, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 16},
+    {**TARGET, "num_local_experts": 24, "num_experts_per_tok": 6, "intermediate_size": 80},
 )
 DOTS1 = (  # sigmoid gates that are not normalized, a shared expert, a leading dense layer; no query bias
-    {**BASE, "n_routed_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "intermediate_size": 48},
-    {**TARGET, "n_routed_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 80, "intermediate_size": 96},
+    {**BASE, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "intermediate_size": 48},
+    {**TARGET, "n_routed_experts": 24, "num_experts_per_tok": 6, "moe_intermediate_size": 80, "intermediate_size": 96},
 )
 
 
