@@ -138,6 +138,8 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
         sizes = values.get(name) or (values.get("target_shape") if name == "shape" else None) or {}
         if isinstance(sizes, str):
             sizes = parse_sizes(sizes, SIZES, int, option=name)
+        if not isinstance(sizes, Mapping):
+            raise TunedError(f"{name} is {sizes!r}: expected sizes like width=64,depth=2, or a mapping of them")
         check_known(sizes, SIZES, "size", name, TunedError)
         found.append(scale_config(config, **sizes) if sizes else config)
     base, target = found
@@ -195,6 +197,8 @@ def check_tuned_at(base: PretrainedConfig, tuned_at: Mapping[str, Any]) -> None:
     Raises:
         TunedError: a size that is not the base's, that is not named, or that there is not.
     """
+    if not isinstance(tuned_at, Mapping):
+        raise TunedError(f"tuned_at is {tuned_at!r}: expected a mapping of sizes, as moe-param tune writes it")
     shape = Shape.from_config(base)
     wrong = []
     for size in dict.fromkeys((*SIZES, *tuned_at)):

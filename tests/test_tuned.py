@@ -122,6 +122,8 @@ def test_explain_and_train_read_one_file_alike(tmp_path: Path) -> None:
         ({"tuned_at": {"width": 32}}, "another base .*width 32, not 64; depth not named"),
         ({"tuned_at": SIZES | {"widht": 64}}, "another base .*widht 64, not unknown"),
         ({"base_shape": {"width": 7}}, "best.yaml: .*width"),
+        ({"base_shape": 5}, "best.yaml: base_shape is 5: expected sizes like width=64"),
+        ({"tuned_at": "width"}, "best.yaml: tuned_at is 'width': expected a mapping of sizes"),
         ({"base_shape": {"depth": 2}}, "another base .*depth 4, not 2"),
         ({"overrides": {"hiden_size": 64}}, "best.yaml: overrides: mixtral configs have no hiden_size"),
     ],

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
@@ -190,15 +191,17 @@ def check_rules(
     """Derives the rules and the optimizer's groups for a model without memory, to refuse early what will not do."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(target)
-    rules = moe_param.plan(
-        type(model),
-        target,
-        base,
-        spec=model_args.spec,
-        init_std=model_args.init_std,
-        constants=model_args.constants or None,  # type: ignore[arg-type]
-        allow_sparsity_change=True,  # said once, when the rules are applied
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they are said once, when the rules are applied
+        rules = moe_param.plan(
+            type(model),
+            target,
+            base,
+            spec=model_args.spec,
+            init_std=model_args.init_std,
+            constants=model_args.constants or None,  # type: ignore[arg-type]
+            allow_sparsity_change=model_args.allow_sparsity_change,
+        )
     rules.param_groups(model, **numbers)
 
 

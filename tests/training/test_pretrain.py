@@ -196,6 +196,7 @@ SIZES = {"width": 16, "depth": 1, "num_experts": 4, "top_k": 2, "expert_size": 1
         (["--train_files", "{tmp}/empty.jsonl"], "empty.jsonl: no text in it"),
         (["--train_files", "{tmp}/text.jsonl", "--text_column", "body"], r"no column 'body' \(it has: text\)"),
         (["--shape", "num_experts=8,top_k=2"], r"sparsity"),
+        (["--shape", "num_experts=8,top_k=2", "--train_files", "nowhere.txt"], r"sparsity"),  # before the text is read
         (
             ["--tuned_at", json.dumps(SIZES | {"width": 64, "depth": 3})],
             "another base .*width 64, not 16; depth 3, not 1",
