@@ -42,7 +42,7 @@ def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str
         seen.add(name)
         if rule is None:
             unknown.append(full_name)
-        elif parameter.requires_grad:
+        elif parameter.requires_grad and rule.role != "selection_bias":  # balancing moves it; loading lets it "train"
             found.append((name, parameter, rule))
     missing = sorted(set(rules) - seen)
     if unknown or missing:

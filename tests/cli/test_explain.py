@@ -120,7 +120,7 @@ def test_recorded_parameterization_is_shown(tmp_path: Path) -> None:
         (("{target}", "--base", BASE, "--target", "depht=4"), "--target: unknown size 'depht'"),
         (("{target}", "--base", BASE, "--spec", "moe-complete"), "did you mean 'moe-completep'?"),
         (("{target}", "--base", BASE, "--init-std", "-1"), "init_std must be a positive number"),
-        (("{target}", "--base", "num_experts=8,top_k=1"), "fixed sparsity"),
+        (("{target}", "--base", "num_experts=8,top_k=4"), "fixed sparsity"),
         (("{target}", "--base", "qwen3_moe"), "different architectures"),
         (("{tmp}", "--base", BASE), "holds no config.json"),
         (("{tmp}/broken.json", "--base", BASE), "no config can be read"),
@@ -139,7 +139,7 @@ def test_errors_are_one_line(target: Path, tmp_path: Path, arguments: tuple[str,
 
 
 def test_sparsity_change_warns_in_one_line(target: Path) -> None:
-    result = run(target, "--base", "num_experts=8,top_k=1", "--allow-sparsity-change", "--json")
+    result = run(target, "--base", "num_experts=8,top_k=4", "--allow-sparsity-change", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["base_shape"]["num_experts"] == 8
     assert result.stderr.startswith("moe-param explain: warning: ") and result.stderr.count("\n") == 1
 

@@ -303,11 +303,17 @@ class WithManyProbes(WithProbes):
     probed = (0, 2, 3)
 
 
-class WithFrozenProbes(WithProbes):
+class WithFrozenProbe(WithProbes):
+    probed = ()
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.probe.requires_grad_(False)
-        self.model.layers[1].mlp.other_probe.requires_grad_(False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, WithFrozenProbe):
+            nn.init.zeros_(module.probe)
 
 
 def test_parameters_without_a_role_are_all_listed() -> None:
@@ -325,11 +331,8 @@ def test_parameters_without_a_role_are_all_listed() -> None:
         "\n  model.layers.*.mlp.other_probe (2, 5) × 3\n",
     ):
         assert part in str(error.value)
-    frozen = moe_param.apply(WithFrozenProbes(config), config, experts=None)
-    assert {n for n, rule in frozen.rules.items() if rule.role == "frozen"} == {
-        "probe",
-        "model.layers.1.mlp.other_probe",
-    }
+    frozen = moe_param.apply(WithFrozenProbe(config), config, experts=None)
+    assert {n for n, rule in frozen.rules.items() if rule.role == "frozen"} == {"probe"}
 
 
 def test_a_dense_model_is_refused() -> None:
