@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from moe_param.structure.trace import StructureError
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # Like transformers, the package loads what is asked for when it is asked for: importing it costs next to nothing.
 _NAMES = {

@@ -1,4 +1,4 @@
-"""What was found at a base, from the file it was written to: `apply(model, "best.yaml")`."""
+"""What was found at a base, from the file it was written to: `apply(model, "tuned.yaml")`."""
 
 from __future__ import annotations
 
