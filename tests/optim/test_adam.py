@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import moe_param
 from moe_param import OptimizerError, Parameterization
 from moe_param.tuned import TunedNumbers
 from tests.models import build, tiny_config, tokens
+from tests.structure.test_roles import WithFrozenProbe
 
 TUNED = TunedNumbers(learning_rate=2e-3, adam_epsilon=1e-11, adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.2)
 
@@ -131,8 +133,8 @@ def test_decay_inside_the_gradient_is_refused() -> None:
 
 # -- what is trained -------------------------------------------------------------------------------------------------
 def test_unfrozen_after_construction_is_refused() -> None:
-    model = build("ernie4_5_moe")
-    p = moe_param.apply(model, tiny_config("ernie4_5_moe"), seed=1)
+    model = WithFrozenProbe(tiny_config("mixtral"))
+    p = moe_param.apply(model, tiny_config("mixtral"), seed=1)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     assert frozen and not any(p.rules[name].lr for name in frozen)
     p.optimizer(model, lr=1e-3)
@@ -142,6 +144,17 @@ def test_unfrozen_after_construction_is_refused() -> None:
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     with pytest.raises(OptimizerError, match="no rate for"):
         moe_param.clip_grad_norm_(p, model, 1.0)
+
+
+def test_a_selection_bias_that_loading_made_trainable_is_left_to_balancing(tmp_path: Path) -> None:
+    """transformers builds ernie's frozen, and loads it as any other parameter; no gradient reaches it."""
+    moe_param.apply(model := build("ernie4_5_moe"), tiny_config("ernie4_5_moe"), seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    biases = {name for name, _ in loaded.named_parameters() if name.endswith("e_score_correction_bias")}
+    assert biases and all(loaded.get_parameter(name).requires_grad for name in biases)
+    groups = moe_param.Parameterization.from_model(loaded).optimizer(loaded, lr=1e-3).param_groups
+    assert not biases & {name for group in groups for name in group["names"]}
 
 
 def test_a_part_of_a_model_may_be_trained() -> None:

@@ -117,25 +117,35 @@ def run(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     chance, log, files = random.Random(seed), folder / "log.txt", texts(folder)
     whole, broken = folder / "whole", folder / "broken"
 
-    def launch(output: Path, before: Callable[[], Any] = bool) -> tuple[int, float, float]:
-        """(the child, when it was started, when it began to train)"""
+    def launch(output: Path, before: Callable[[], Any] = bool) -> tuple[int, int]:
+        """(the child, a pipe that gets a byte for each step it begins)"""
         reader, writer = os.pipe()
 
         def work() -> None:
             before()
-            begin = PretrainTrainer.get_train_dataloader
-            PretrainTrainer.get_train_dataloader = lambda self: (os.write(writer, b"."), begin(self))[1]  # type: ignore
+            begin = PretrainTrainer.training_step
+            PretrainTrainer.training_step = lambda *a, **k: (os.write(writer, b"."), begin(*a, **k))[1]  # type: ignore
             pretrain.main(arguments(output, files, steps, "--resume"))
 
-        started = time.perf_counter()
         child = fork(work, log)
         os.close(writer)
-        os.read(reader, 1)  # also returns when the child is gone
-        os.close(reader)
-        return child, started, time.perf_counter()
+        return child, reader
 
-    child, started, training = launch(whole)
-    assert finished(os.waitpid(child, 0)[1])
+    def ended(child: int, reader: int) -> bool:
+        status = os.waitpid(child, 0)[1]
+        os.close(reader)
+        return finished(status)
+
+    def wait(reader: int, begun: int) -> None:
+        """For so many steps to begin, or for the child's end."""
+        while begun and os.read(reader, 1):
+            begun -= 1
+
+    started = time.perf_counter()
+    child, reader = launch(whole)
+    wait(reader, 1)
+    training = time.perf_counter()
+    assert ended(child, reader)
     setting_up, duration = training - started, time.perf_counter() - training
 
     hits: list[dict[str, Any]] = []
@@ -143,21 +153,22 @@ def run(folder: Path, kills: int, steps: int, seed: int) -> dict[str, Any]:
     while len(hits) < kills:
         launches += 1
         launched = time.time()
-        if launches % 2:
-            child = launch(broken)[0]
-            time.sleep(chance.uniform(0, 2 * duration / kills))
+        if launches % 2:  # at any moment; counted in steps, because how long one takes depends on the machine's load
+            child, reader = launch(broken)
+            wait(reader, chance.randint(1, max(1, 2 * steps // kills - 1)))
+            time.sleep(chance.uniform(0, duration / steps))
             os.kill(child, signal.SIGKILL)
             how = "any moment"
         else:
             operation = chance.randint(1, 60)
-            child = launch(broken, lambda: die_while_writing(operation))[0]  # noqa: B023
+            child, reader = launch(broken, lambda: die_while_writing(operation))  # noqa: B023
             how = f"file operation {operation}"
-        if finished(os.waitpid(child, 0)[1]):
+        if ended(child, reader):
             break  # trained to the end before it could be killed
         lines = read_lines(broken / MetricsFile.name)
         writing = any(path.stat().st_mtime > launched for path in (broken / STAGING).rglob("*"))
         hits.append({"how": how, "step": lines[-1]["step"] if lines else 0, "checkpoint half written": writing})
-    assert finished(os.waitpid(launch(broken)[0], 0)[1])
+    assert ended(*launch(broken))
     return {
         "kills": len(hits),
         "seconds": {"to set up": round(setting_up, 1), "to train": round(duration, 1)},
