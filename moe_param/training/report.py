@@ -6,10 +6,7 @@ import json
 import math
 import os
 import platform
-import shlex
-import sys
 import time
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -147,20 +144,3 @@ def hardware() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def bench_report(
-    module: str, argv: Sequence[str] | None, smallest: bool, results: list[dict[str, Any]], out: Path | None
-) -> dict[str, Any]:
-    """What a benchmark leaves behind: its command, hardware, versions and results; written to `out` if given."""
-    report = {
-        "command": shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)]),
-        "hardware": hardware(),
-        "versions": versions(),
-        "smallest": smallest,
-        "results": results,
-    }
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    return report

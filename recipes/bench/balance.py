@@ -21,8 +21,8 @@ import transformers
 from transformers import AutoModelForCausalLM, DeepseekV3Config, PretrainedConfig, Qwen3MoeConfig
 
 from moe_param import LoadBalancer
-from moe_param.training.report import bench_report
 from recipes.bench.overhead import compare, ratio
+from recipes.bench.report import bench_report
 
 DESCRIPTION = "What load balancing costs: training steps with LoadBalancer over steps without."
 TARGETS = {"cpu": 1.02, "cuda": 1.005}

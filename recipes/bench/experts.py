@@ -35,8 +35,9 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from moe_param.experts import megablocks as experts
-from moe_param.training.report import bench_report, hardware, versions
+from moe_param.training.report import hardware, versions
 from recipes.bench.overhead import compare, ratio
+from recipes.bench.report import bench_report
 
 DESCRIPTION = "Forward and backward of an experts layer: megablocks against the others and a dense MLP of equal FLOPs."
 # From the paper (two sparsities), fine-grained ones (the last is Qwen3-30B-A3B's), and Mixtral's.

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, T
 from transformers.optimization import get_constant_schedule_with_warmup
 
 import moe_param
-from moe_param.training.report import bench_report
+from recipes.bench.report import bench_report
 
 DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
 
