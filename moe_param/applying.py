@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,10 @@ def plan(
         spec, init_std, constants = tuned.spec, tuned.init_std, tuned.constants
     table = ScalingSpec.load(DEFAULT_SPEC if spec is None else spec)
     _check_numbers(init_std, constants)
+    target = read_structure(model_class, config)
     if isinstance(base_shape, Shape):
-        wanted = {k: v for k, v in asdict(base_shape).items() if k != "head_dim"}
-        base_config = scale_config(config, **wanted, model_class=model_class)
+        _check_kind(base_shape, target.shape)
+        base_config = scale_config(config, **base_shape.sizes, model_class=model_class)
     elif isinstance(base_shape, PretrainedConfig):
         base_config = base_shape
         if base_config.model_type != config.model_type:
@@ -65,8 +66,8 @@ def plan(
             "base_shape must be a Shape, a PretrainedConfig or the path of a YAML file, "
             f"got {type(base_shape).__name__}"
         )
-    target = read_structure(model_class, config)
     base = read_structure(model_class, base_config)
+    _check_kind(base.shape, target.shape)
     if isinstance(base_shape, Shape) and base_shape.head_dim not in (None, base.shape.head_dim):
         raise ShapeError(
             f"base_shape.head_dim = {base_shape.head_dim}, but heads are scaled at the model's head_dim "
@@ -105,7 +106,8 @@ def apply(
     Adam; arXiv:2601.20205, D.1). At `base_shape` everything is as transformers has it, with one learning rate.
 
     Args:
-        model: any Hugging Face MoE model whose experts use transformers' experts interface, with real weights.
+        model: any Hugging Face model with real weights that is dense or whose experts use transformers' experts
+            interface.
         base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that
             `moe-param tune` wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its
             learning rate, betas, epsilon and decay are in the result's `tuned`.
@@ -134,15 +136,15 @@ def apply(
         The `Parameterization`, also recorded as plain JSON in `model.config.moe_param`.
 
     Raises:
-        StructureError: no experts, or a forward pass that cannot be read.
+        StructureError: no decoder stack, or a forward pass that cannot be read.
         RoleError: parameters without a role, all of them listed.
         ShapeError: sizes that contradict the model or do not divide.
         SpecError: an invalid scaling table.
         WeightsError: meta weights, or a parameter that transformers itself never initializes.
         BalanceError: a model loaded without the selection biases its config names (`load_selection_biases`).
         ParameterizationError: a model already parameterized, loaded, quantized, compiled or wrapped, another
-            architecture than the base, another sparsity, a multiplier without a place to go, NaN or negative
-            constants, numbers that contradict a file, an unknown experts implementation.
+            architecture than the base, experts in one of the two alone, another sparsity, a multiplier without a place
+            to go, NaN or negative constants, numbers that contradict a file, an unknown experts implementation.
         TunedError: a file of tuned numbers that cannot be read or is not for its base.
         In every case the model is left as it was: all that can fail happens before the first weight is written.
     """
@@ -286,6 +288,15 @@ def _set_experts(model: PreTrainedModel, backend: str) -> None:
         raise ParameterizationError(
             f"transformers cannot set the experts implementation {backend!r}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _check_kind(base: Shape, target: Shape) -> None:
+    if base.dense != target.dense:
+        first, second = ("the base is dense", "the target") if base.dense else ("the target is dense", "the base")
+        raise ParameterizationError(
+            f"{first} and {second} has experts: what is found at the one says nothing of the other. Tune a base of the "
+            "target's own architecture (moe_param.suggest_base finds one)"
+        )
 
 
 def _check_sparsity(base: Shape, target: Shape, allowed: bool) -> None:

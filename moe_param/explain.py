@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_param.scaling.spec import ROLES
 from moe_param.structure.laws import InitLaw
-from moe_param.structure.regime import regime
+from moe_param.structure.regime import Regime, regime
 from moe_param.structure.roles import UNTRAINED, layer_pattern
 from moe_param.structure.shape import Shape
 
@@ -46,9 +46,14 @@ def rows(parameterization: Parameterization, full: bool = False) -> list[dict[st
 
 
 def regimes(parameterization: Parameterization) -> dict[str, dict[str, Any]]:
-    """On which side of the expert-size rule's crossover base and target are, and their α*; ready for JSON."""
+    """On which side of the expert-size rule's crossover base and target are, and their α*; ready for JSON. Empty for
+    dense models."""
+    return {name: found.to_dict() for name, found in _regimes(parameterization).items()}
+
+
+def _regimes(parameterization: Parameterization) -> dict[str, Regime]:
     shapes = {"base": parameterization.base_shape, "target": parameterization.shape}
-    return {name: regime(shape).to_dict() for name, shape in shapes.items()}
+    return {name: found for name, shape in shapes.items() if (found := regime(shape)) is not None}
 
 
 def table(parameterization: Parameterization, full: bool = False) -> str:
@@ -65,11 +70,11 @@ def rich_table(parameterization: Parameterization, full: bool = False, *, narrow
     from rich import box
     from rich.table import Table
 
+    near = [f"{name}: {found}." for name, found in _regimes(parameterization).items()]
     table = Table(
         title=f"{parameterization.spec.name}: {_ratios(parameterization.base_shape, parameterization.shape)}",
         caption="fan-in: target / base. init std: '= c' is a constant. lr, eps, decay: factors on the base's "
-        "numbers. folded in: the forward multiplier that a parameter carries.\n"
-        f"base: {regime(parameterization.base_shape)}. target: {regime(parameterization.shape)}.",
+        "numbers. folded in: the forward multiplier that a parameter carries." + "\n" * bool(near) + " ".join(near),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_param import explain
-from moe_param.balancing.selection import require_selection_biases
+from moe_param.balancing.selection import BalanceError, require_selection_biases
 from moe_param.fresh import departure, trained
 from moe_param.optim import groups as optim
 from moe_param.optim.adam import adam_class, adam_numbers, check_decoupled
@@ -206,7 +206,7 @@ class Parameterization:
         Raises:
             OptimizerError: numbers that contradict each other, no learning rate, or what `args` ask and would not be
                 done, or would undo the rules: another optimizer, ReduceLROnPlateau, Trainer's own clipping, DeepSpeed.
-            BalanceError: a rate of balancing that is none, or an unknown rule.
+            BalanceError: a rate of balancing that is none, an unknown rule, or a dense model.
         """
         from transformers import TrainerCallback
 
@@ -221,6 +221,8 @@ class Parameterization:
             balance = LoadBalancingCallback(**balance)
         elif balance is not None and not isinstance(balance, TrainerCallback):
             balance = LoadBalancingCallback(balance)
+        if isinstance(balance, LoadBalancingCallback) and self.shape.dense:
+            raise BalanceError("balance is for experts, and this model is dense: leave it out")
         clipping = None if clip is None else ScaleFreeClipping(self, clip)
         beta1, beta2 = betas or (None, None)
         given = {"learning_rate": lr, "adam_epsilon": eps, "weight_decay": weight_decay}

@@ -201,7 +201,7 @@ def check_tuned_at(base: PretrainedConfig, tuned_at: Mapping[str, Any]) -> None:
         raise TunedError(f"tuned_at is {tuned_at!r}: expected a mapping of sizes, as moe-param tune writes it")
     shape = Shape.from_config(base)
     wrong = []
-    for size in dict.fromkeys((*SIZES, *tuned_at)):
+    for size in dict.fromkeys((*shape.sizes, *tuned_at)):
         found = getattr(shape, size, "unknown")
         if size not in tuned_at:
             wrong.append(f"{size} not named")

@@ -24,7 +24,6 @@ from moe_param import (
     Shape,
     ShapeError,
     SpecError,
-    StructureError,
     scale_config,
 )
 from tests.models import build, classes, tiny_config, tokens
@@ -171,7 +170,7 @@ def mixtral() -> Any:
 
 
 BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
-    "no experts": (dense, {}, StructureError, "LlamaForCausalLM has no experts module"),
+    "no experts": (dense, {}, ParameterizationError, "the target is dense and the base has experts"),
     "parameters without a role": (
         lambda: WithProbes(tiny_config("mixtral")),
         {},

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
 from moe_param.balancing.gates import checked
-from moe_param.balancing.routing import Route, find_routes, unwrap
+from moe_param.balancing.routing import Route, check_routed, find_routes, unwrap
 from moe_param.balancing.saved import FILE, read_biases
 from moe_param.balancing.selection import BalanceError, place, require_selection_biases, selection_of, take_away
 
@@ -87,6 +87,7 @@ class LoadBalancer:
         self.rate, self.rule, self.recentre, self.group = rate, rule, recentre, process_group
         require_selection_biases(self.model)
         self.routes = find_routes(self.model, inject=inject)
+        check_routed(self.model, self.routes)
         self.moved = [row for row, route in enumerate(self.routes) if not route.fixed]
         if rate != 0:
             _check_movable(self.routes, inject)

@@ -9,6 +9,7 @@ copy of the router (`probe`), so that a router which does something else is refu
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 @torch.enable_grad()  # gradients of gates are compared too, also where the caller has them off
 def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
-    """The routed layers of a model, first to last.
+    """The routed layers of a model, first to last; none of a dense one.
 
     Args:
         model: live; sharded (FSDP2), compiled or checkpoint-wrapped inside as may be.
@@ -70,7 +71,7 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
 
     Raises:
         RoutingError: a block that routes by itself, without a router module; experts that differ in number.
-        StructureError: the model has no experts or cannot be traced.
+        StructureError: the model cannot be traced.
     """
     # fully_shard gives a model an ad-hoc class of its own: the one below it can be built.
     cls = next(c for c in type(model).__mro__ if issubclass(c, PreTrainedModel) and not issubclass(c, FSDPModule))
@@ -104,6 +105,16 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
         sizes = {route.name: route.num_experts for route in routes}
         raise RoutingError(f"layers have different numbers of experts, one number was expected: {sizes}")
     return routes
+
+
+def check_routed(model: PreTrainedModel, routes: Sequence[Route]) -> None:
+    """Refuses to balance a dense model.
+
+    Raises:
+        RoutingError: there are no routes.
+    """
+    if not routes:
+        raise RoutingError(f"{type(model).__name__} is dense: it has no experts to balance or count")
 
 
 def _examine(

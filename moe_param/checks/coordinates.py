@@ -169,8 +169,7 @@ def coord_check(
     runs = []
     for factor in sorted(set(factors)):
         try:
-            sizes = {k: v for k, v in asdict(base_shape.along(axis, factor)).items() if k != "head_dim"}
-            scaled = scale_config(config, **sizes, model_class=model_class)
+            scaled = scale_config(config, **base_shape.along(axis, factor).sizes, model_class=model_class)
         except ShapeError as error:
             raise CoordCheckError(f"{axis} × {factor:g}: {error}") from error
         plan(model_class, scaled, base, spec=table, init_std=init_std, constants=constants)  # or refuses

@@ -31,6 +31,7 @@ QUANTITIES = (
     "expert_output",
     "expert_output_by_up",
     "moe_output",
+    "mlp_output",
     "residual",
     "logits",
 )
@@ -149,10 +150,11 @@ class Watch:
         self.model = model
         self.head = head
         self.rules = parameterization.rules
-        self.num_experts = parameterization.shape.num_experts
+        self.num_experts = parameterization.shape.num_experts or 0
         # 1/top_k makes the mean of the experts out of their sum: it stays in what is measured of the MoE output.
         exponent = parameterization.spec.multipliers.get("unnormalized_gates", {}).get("top_k", 0.0)
-        self.gates = (parameterization.shape.top_k / parameterization.base_shape.top_k) ** exponent
+        top_k, of_base = parameterization.shape.top_k, parameterization.base_shape.top_k
+        self.gates = (top_k / of_base) ** exponent if top_k and of_base else 1.0
         self.structure: Structure = read_structure(type(model), model.config)
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.routes: dict[str, torch.Tensor] = {}
@@ -196,6 +198,8 @@ class Watch:
             owner = name.rpartition(".")[0]
             if info.role == "attention_out" and name.endswith("weight"):
                 hooks.append((self.modules[owner], keep("attention_output", self.rules[name].multiplier)))
+            elif info.role == "dense_down" and name.endswith("weight"):
+                hooks.append((self.modules[owner], keep("mlp_output", self.rules[name].multiplier)))
             elif info.role == "router" and info.fan_out is not None and info.fan_out >= self.num_experts:
                 linear = isinstance(self.modules[owner], nn.Linear)  # some routers return probabilities first
                 routers.add(owner if linear else self._router_of(owner))

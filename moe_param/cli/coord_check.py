@@ -33,7 +33,8 @@ class CoordCheckArguments:
     )
     out: str = field(metadata={"help": "Folder for picture, JSON and the log of finished runs (resumes from it)."})
     axis: list[str] | None = field(
-        default=None, metadata={"help": "One or more of width, depth, num_experts, expert_size. Default: all."}
+        default=None,
+        metadata={"help": "One or more of width, depth, num_experts, expert_size. Default: all it has."},
     )
     factors: str = field(default="1,2,4,8", metadata={"help": "Multiples of the base's size along the axis."})
     spec: str | None = field(
@@ -69,13 +70,13 @@ def main(argv: Sequence[str]) -> int:
     from moe_param.structure.shape import AXES, Shape
 
     logging.set_verbosity_error()
-    axes = args.axis or AXES
-    for name in axes:
+    for name in args.axis or ():
         if name not in AXES:
             raise InputError(f"--axis: unknown axis {name!r}{nearest(name, AXES)}")
     multiples, out = factors(args.factors), Path(args.out)
     config = load_config(args.config)
     shape = Shape.from_config(scaled(config, "--base", args.base))
+    axes = args.axis or shape.axes
     batch = read_tokens(args.tokens, config.get_text_config().vocab_size)
     console, statuses = Console(), []
     with folder_lock(out, "coord-check"):

@@ -72,7 +72,8 @@ def derive_rules(
         ParameterizationError: a dimension the spec does not scale, a layer or parameter without a counterpart, or a
             multiplier without a place to go.
     """
-    moved = {dim: getattr(target.shape, dim) / getattr(base.shape, dim) for dim in SHAPE_DIMENSIONS}
+    sizes = base.shape.sizes  # of a dense model, those of experts have not moved
+    moved = {dim: getattr(target.shape, dim) / sizes[dim] if dim in sizes else 1.0 for dim in SHAPE_DIMENSIONS}
     for dim in spec.fixed:
         if moved.get(dim, 1.0) != 1.0:
             raise ParameterizationError(
@@ -85,7 +86,7 @@ def derive_rules(
         for name, info in target.parameters.items()
     }
     # Where no queries were seen, a head_dim shows in the factor that transformers puts on the attention logits.
-    heads_moved = any(
+    heads_moved = base.shape.head_dim != target.shape.head_dim or any(
         p.base.head_dim != p.target.head_dim or p.base.scaling != p.target.scaling for p in pairs.values()
     )
     _check_gaps(spec, base, target, moved, heads_moved)

@@ -36,13 +36,17 @@ class Regime:
         return f"α_ffn {self.alpha_ffn:.3g} ({side} the crossover, about {CROSSOVER}), α* {self.alpha_star:.2g}"
 
 
-def regime(shape: Shape) -> Regime:
-    """The regime of a shape (arXiv:2601.20205; crossover and α* from its authors' published code and notes).
+def regime(shape: Shape) -> Regime | None:
+    """The regime of a shape, None for a dense one.
+
+    From arXiv:2601.20205; crossover and α* from its authors' published code and notes.
 
     α_ffn = H/n decides whether the expert-size rule is in its asymptotic regime. α* = n/(H·E·L) is, up to a constant
     of the sparsity, the variance of the initial experts' contribution to the residual stream: towards 0 the stack
     behaves like a neural ordinary differential equation, else like a stochastic one.
     """
+    if shape.num_experts is None or shape.expert_size is None:
+        return None
     return Regime(
         alpha_ffn=shape.expert_size / shape.width,
         alpha_star=shape.width / (shape.expert_size * shape.num_experts * shape.depth),

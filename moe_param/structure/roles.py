@@ -78,7 +78,7 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
     """The roles of all parameters of `model_class(config)`, without building it in memory.
 
     Raises:
-        StructureError: no experts, no decoder stack, or a forward pass that does not run on fake tensors.
+        StructureError: no decoder stack, or a forward pass that does not run on fake tensors.
         RoleError: parameters without a role, all of them listed; those that differ in a layer's number on one line.
     """
     model, trace = shared_trace(model_class, config)
@@ -120,10 +120,10 @@ def check_routers(structure: Structure, which: str) -> None:
         StructureError: `which` (e.g. "the base") and what to do.
     """
     if structure.constant_gates:
-        shape = structure.shape
+        twice = 2 * structure.shape.sizes["num_experts"]
         raise StructureError(
             f"{which} has top_k = 1 and gates normalized over the chosen experts, so every gate is 1 and the router "
-            f"gets no gradient: choose top_k >= 2 (at the same sparsity, 2 of {2 * shape.num_experts} experts), or "
+            f"gets no gradient: choose top_k >= 2 (at the same sparsity, 2 of {twice} experts), or "
             "gates that are not normalized (norm_topk_prob=False where the config has it)"
         )
 
@@ -158,7 +158,9 @@ class _Reader:
         self.closers = {name for branch in trace.branches for name in branch.closers}
         # The last matrices of a branch, also where a norm closes it.
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
-        self.queries = {name: attention for attention in trace.attentions for name in attention.query}
+        self.queries = {
+            name: attention for attention in trace.attentions for name in attention.query if name not in attention.key
+        }
         self.keys = {name for attention in trace.attentions for name in attention.key}
         self.unnormalized = {r.experts for r in trace.routers if not r.normalized}
 
@@ -359,6 +361,9 @@ class _Reader:
             gaps["attention_logits"] = f"no queries were seen in the attention of layers {missed}"
         if "head_dim" in self.adapter.refuse:
             gaps["attention_logits"] = self.adapter.refuse["head_dim"]
+        fused = sorted({a.layer for a in self.trace.attentions if set(a.query) & set(a.key)})
+        if fused and "attention_logits" not in gaps:
+            gaps["attention_logits"] = f"one weight makes queries and keys in layers {fused}"
         mute = sorted({a.layer for a in self.trace.attentions if not a.query})
         if mute:
             gaps["attention_logits"] = f"no weight scales the queries of layers {mute}"

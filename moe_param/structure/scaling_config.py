@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.structure.adapters import adapter_for
-from moe_param.structure.shape import SIZES, Shape, ShapeError, measure
+from moe_param.structure.shape import Shape, ShapeError, measure
 from moe_param.structure.trace import find_layers, is_experts, model_class_for, shared_trace
 
 RECORDS = "moe_param"
@@ -21,17 +21,17 @@ RECORDS = "moe_param"
 
 # Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
 # `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
-_WIDTH = r"hidden_size|d_model"
-_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads"
+_WIDTH = r"hidden_size|d_model|n_embd|word_embed_proj_dim"
+_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads?|num_kv"
 _RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_size"
-_DEPTH = r"num_hidden_layers"
+_DEPTH = r"num_hidden_layers|num_layers|n_layers?"
 _LAST_LAYER = r"\w*layer_end_index"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
 _TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
 _GROUPS = r"n_group"  # of experts, in routers that choose groups first
 _EXPERT_SIZE = r"moe_intermediate_size|expert_intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size"
 _SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size"
-_DENSE_SIZE = r"intermediate_size|dense_intermediate_size|ffn_hidden_size|\w+_dense_intermediate_size"
+_DENSE_SIZE = r"intermediate_size|(\w+_)?dense_intermediate_size|ffn_hidden_size|ffn_dim|n_inner"
 
 
 def scale_config(
@@ -48,10 +48,11 @@ def scale_config(
 
     Sizes are absolute; what is not given stays, except top_k, which follows num_experts so that the sparsity stays.
     With width scale: the numbers of heads (head_dim is fixed), latent ranks of attention (`q_lora_rank`,
-    `kv_lora_rank`), state-space ranks, and dense MLPs where experts have a size of their own. With expert_size scale
-    shared experts, and dense MLPs where one attribute gives the size of both. Layer patterns are continued: a periodic
-    pattern goes on, a run of leading dense layers keeps its length. Expert groups keep their number. `model_class` is
-    the class the config is for, where transformers cannot tell. What we recorded of a trained model is left out.
+    `kv_lora_rank`), state-space ranks, and dense MLPs where there are no experts or experts have a size of their own.
+    With expert_size scale shared experts, and dense MLPs where one attribute gives the size of both. Layer patterns are
+    continued: a periodic pattern goes on, a run of leading dense layers keeps its length. Expert groups keep their
+    number. `model_class` is the class the config is for, where transformers cannot tell. What we recorded of a trained
+    model is left out.
 
     Raises:
         ShapeError: a size that is not a positive integer or does not divide (the nearest that do are named), an axis
@@ -62,6 +63,8 @@ def scale_config(
     old = measure(source, trace)
     asked = {"width": width, "depth": depth, "num_experts": num_experts, "top_k": top_k, "expert_size": expert_size}
     given = {name: size for name, size in asked.items() if size is not None}
+    for name in given:
+        old.check(name, old.sizes, "size")
     attributes = Attributes.read(config, old)
     new = attributes.target(given)
     if new == old:
@@ -105,6 +108,8 @@ class Attributes:
             first = _numbers(values[key])[0]
             if re.fullmatch(_WIDTH, key) or re.fullmatch(_HEADS, key) or re.fullmatch(_RANKS, key):
                 axis_of[key] = "width"
+            elif shape.dense:
+                axis_of |= {key: "width"} if re.fullmatch(_DENSE_SIZE, key) else {}
             elif re.fullmatch(_EXPERTS, key) and first == shape.num_experts:
                 axis_of[key] = "num_experts"
             elif re.fullmatch(_TOP_K, key) and first == shape.top_k:
@@ -113,7 +118,7 @@ class Attributes:
                 axis_of[key] = "expert_size"
             elif re.fullmatch(_DENSE_SIZE, key):
                 axis_of[key] = "width" if own_size else "expert_size"
-        groups = tuple(key for key in present if re.fullmatch(_GROUPS, key) and values[key])
+        groups = tuple(k for k in present if re.fullmatch(_GROUPS, k) and values[k] and not shape.dense)
         return cls(values, axis_of, groups, shape)
 
     def target(self, given: Mapping[str, int]) -> Shape:
@@ -122,13 +127,15 @@ class Attributes:
         Raises:
             ShapeError: a size that is not a positive integer, or a top_k that would not be whole.
         """
-        if "top_k" in given:
-            return replace(self.shape, **given)
-        new = replace(self.shape, **given, top_k=1)
-        top_k = self.shape.top_k * Fraction(new.num_experts, self.shape.num_experts)
+        old = self.shape
+        if "top_k" in given or old.num_experts is None or old.top_k is None:
+            return replace(old, **given)
+        num_experts = given.get("num_experts", old.num_experts)
+        replace(old, **given, top_k=1)  # which checks what was given
+        top_k = old.top_k * Fraction(num_experts, old.num_experts)
         if top_k.denominator != 1:
-            self._refuse("num_experts", new.num_experts, "top_k", self.shape.top_k)
-        return replace(new, top_k=int(top_k))
+            self._refuse("num_experts", num_experts, "top_k", old.top_k)
+        return replace(old, **given, top_k=int(top_k))
 
     def step(self, axis: str, top_k_follows: bool = True) -> int:
         """Sizes of `axis` divide if they are multiples of this: then everything scaled with it is whole."""
@@ -145,7 +152,7 @@ class Attributes:
         if axis == "num_experts":
             found |= {key: self.values[key] for key in self.groups}
             if top_k_follows:
-                found["top_k"] = size // math.gcd(size, self.shape.top_k)
+                found["top_k"] = size // math.gcd(size, self.shape.sizes["top_k"])
         return found
 
     def scaled(self, new: Shape) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class Attributes:
                     self._refuse(axis, getattr(new, axis), key, value)
             values[key] = _times(values[key], ratio)
         for key in self.groups:
-            if new.num_experts % values[key]:
+            if new.num_experts is not None and new.num_experts % values[key]:
                 step = self.step("num_experts", top_k_follows=new.sparsity == self.shape.sparsity)
                 raise ShapeError(
                     f"num_experts = {new.num_experts} does not divide into {key} = {values[key]} groups: "
@@ -220,8 +227,7 @@ def _verified(
         model, trace = shared_trace(model_class, scaled)
         got = measure(model, trace)
     except Exception as error:
-        sizes = {size: getattr(new, size) for size in SIZES}
-        raise ShapeError(f"{name} at {sizes} builds no working model: {type(error).__name__}: {error}") from error
+        raise ShapeError(f"{name} at {new.sizes} builds no working model: {type(error).__name__}: {error}") from error
     if got != new:
         raise ShapeError(
             f"{name} does not scale as asked: wanted {new}, the scaled config builds {got}. "

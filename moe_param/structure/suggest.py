@@ -16,7 +16,7 @@ from moe_param.structure.adapters import adapter_for
 from moe_param.structure.regime import CROSSOVER, Regime, regime
 from moe_param.structure.roles import Structure, check_routers, read_structure
 from moe_param.structure.scaling_config import Attributes, repeat_layers, scale_config
-from moe_param.structure.shape import SIZES, Shape, ShapeError
+from moe_param.structure.shape import Shape, ShapeError
 from moe_param.structure.trace import StructureError, model_class_for, shared_trace
 
 CONTEXT = 4096
@@ -44,19 +44,19 @@ class Base:
     share: float
 
     @property
-    def regime(self) -> Regime:
-        """On which side of the crossover of the expert-size rule the shape is."""
+    def regime(self) -> Regime | None:
+        """On which side of the crossover of the expert-size rule the shape is; None where it is dense."""
         return regime(self.shape)
 
     @property
     def sizes(self) -> str:
         """As `--base` takes it."""
-        return ",".join(f"{size}={getattr(self.shape, size)}" for size in SIZES)
+        return ",".join(f"{size}={number}" for size, number in self.shape.sizes.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         numbers = {"parameters": self.parameters, "active": self.active, "flops": self.flops, "share": self.share}
-        return {"shape": asdict(self.shape), **numbers, "regime": self.regime.to_dict()}
+        return {"shape": asdict(self.shape), **numbers, "regime": self.regime and self.regime.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,16 @@ class BaseSuggestion:
             pad_edge=False,
             padding=(0, 1, 0, 0),
         )
-        for column in ("", *SIZES, "head_dim", "parameters", "active", "FLOPs", "α_ffn", "α*"):
+        sizes, alphas = (*self.target.shape.sizes, "head_dim"), () if self.target.shape.dense else ("α_ffn", "α*")
+        for column in ("", *sizes, "parameters", "active", "FLOPs", *alphas):
             table.add_column(column, justify="right", no_wrap=True)
         for base in (*self.bases, self.target):
             mark = "target" if base is self.target else "best" if base is self.best else ""
-            values = asdict(base.shape).values()
-            numbers = (_short(base.parameters), _short(base.active), f"{base.share:.2%}")
-            alphas = (f"{base.regime.alpha_ffn:.3g}", f"{base.regime.alpha_star:.1e}")
-            table.add_row(mark, *("" if value is None else str(value) for value in values), *numbers, *alphas)
+            values = (getattr(base.shape, size) for size in sizes)
+            numbers = [_short(base.parameters), _short(base.active), f"{base.share:.2%}"]
+            if base.regime is not None:
+                numbers += [f"{base.regime.alpha_ffn:.3g}", f"{base.regime.alpha_star:.1e}"]
+            table.add_row(mark, *("" if value is None else str(value) for value in values), *numbers)
         console = Console(width=120, file=io.StringIO(), record=True)
         console.print(table)
         return "\n".join(line.rstrip() for line in console.export_text().splitlines())
@@ -122,7 +124,8 @@ class BaseSuggestion:
         yield from (f"{size} stays at the target's: {why}." for size, why in self.blocked.items())
         yield f"FLOPs: of one token's training step, as a share of the target's; causal attention over {self.context}"
         yield "tokens is counted. active: parameters that one token visits."
-        yield f"The expert-size rule is asymptotic from α_ffn ≈ {CROSSOVER} on."
+        if not self.target.shape.dense:
+            yield f"The expert-size rule is asymptotic from α_ffn ≈ {CROSSOVER} on."
         yield f"To see the rules: moe-param explain … --base {self.best.sizes}"
 
 
@@ -187,7 +190,7 @@ def _base(structure: Structure, config: PretrainedConfig, context: int, target: 
     counts = {name: math.prod(info.shape) for name, info in structure.parameters.items()}
     parts = _flops(structure, config, context)
     unvisited = sum(counts[n] for n, info in structure.parameters.items() if info.role.startswith("expert_"))
-    active = sum(counts.values()) - int(unvisited * (1 - shape.sparsity))
+    active = sum(counts.values()) - int(unvisited * (1 - (shape.sparsity or 1)))
     flops = sum(parts.values())
     return Base(shape, sum(counts.values()), active, flops, flops / (target or flops))
 
@@ -198,7 +201,7 @@ def _flops(structure: Structure, config: PretrainedConfig, context: int) -> dict
     found: dict[str, float] = {}
     for info in structure.parameters.values():
         if info.fan_in is not None and info.role != "unembedding":  # matrices: no gain, no bias, no lookup
-            visited = float(structure.shape.sparsity) if info.role.startswith("expert_") else 1.0
+            visited = float(structure.shape.sparsity or 1) if info.role.startswith("expert_") else 1.0
             found[info.role] = found.get(info.role, 0.0) + 6 * math.prod(info.shape) * visited
     head: Any = model.get_output_embeddings()  # tied or not
     found["unembedding"] = 6.0 * head.weight.numel() if head is not None else 0.0
@@ -210,7 +213,7 @@ def _flops(structure: Structure, config: PretrainedConfig, context: int) -> dict
 
 # -- which shapes there are ------------------------------------------------------------------------------------------
 def _choices(structure: Structure, config: PretrainedConfig) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Sizes that divide, up to the target's, for width, depth and num_experts; and why one has no other."""
+    """Sizes that divide, up to the target's, for width, depth and (of experts) num_experts; why one has no other."""
     shape, refused = structure.shape, adapter_for(config).refuse
     attributes = Attributes.read(config, shape)
     sizes, blocked = {}, {}
@@ -234,37 +237,42 @@ def _choices(structure: Structure, config: PretrainedConfig) -> tuple[dict[str, 
             no_period = str(error)
     blocked["depth"] = refused.get("depth") or no_period or "fewer layers would leave out a kind of layer"
 
-    step, least = attributes.step("num_experts"), min(2, shape.top_k)
-    counts = [n for n in range(step, shape.num_experts + 1, step) if n * shape.sparsity >= least]
-    fixed = refused.get("num_experts") or refused.get("top_k")
-    sizes["num_experts"] = [shape.num_experts] if fixed else counts
-    blocked["num_experts"] = fixed or (
-        f"fewer at the sparsity {shape.top_k}/{shape.num_experts}, with top_k at least {least}, do not divide"
-    )
+    if shape.num_experts and shape.top_k and shape.sparsity:
+        step, least = attributes.step("num_experts"), min(2, shape.top_k)
+        counts = [n for n in range(step, shape.num_experts + 1, step) if n * shape.sparsity >= least]
+        fixed = refused.get("num_experts") or refused.get("top_k")
+        sizes["num_experts"] = [shape.num_experts] if fixed else counts
+        blocked["num_experts"] = fixed or (
+            f"fewer at the sparsity {shape.top_k}/{shape.num_experts}, with top_k at least {least}, do not divide"
+        )
     return sizes, {axis: why for axis, why in blocked.items() if len(sizes[axis]) == 1}
 
 
 def _candidates(attributes: Attributes, sizes: Mapping[str, list[int]]) -> Iterator[tuple[float, Shape]]:
     """(Σ (log ratio)² to the target, shape) of all shapes with these sizes, the target's own aside."""
-    target, step = attributes.shape, attributes.step("expert_size")
-    for width, depth, num_experts in product(sizes["width"], sizes["depth"], sizes["num_experts"]):
-        expert_size = max(1, round(target.expert_size * width / target.width / step)) * step
-        top_k = int(num_experts * target.sparsity)
-        shape = replace(target, width=width, depth=depth, num_experts=num_experts, top_k=top_k, expert_size=expert_size)
+    target = attributes.shape
+    step = 1 if target.dense else attributes.step("expert_size")
+    for chosen in product(*sizes.values()):
+        given = dict(zip(sizes, chosen))
+        ratios = [size / getattr(target, name) for name, size in given.items()]
+        if target.expert_size and target.sparsity:
+            given["top_k"] = int(given["num_experts"] * target.sparsity)
+            given["expert_size"] = max(1, round(target.expert_size * ratios[0] / step)) * step
+        shape = replace(target, **given)
         if shape != target:
-            ratios = (width / target.width, depth / target.depth, num_experts / target.num_experts)
             yield sum(math.log(ratio) ** 2 for ratio in ratios), shape
 
 
 def _estimate(parts: Mapping[str, float], target: Shape, shape: Shape) -> float:
     """FLOPs of `shape`, from those of the target by role: good for choosing what to build, not for telling."""
-    width, depth = shape.width / target.width, shape.depth / target.depth
-    expert = width * shape.expert_size / target.expert_size
+    grew = {size: number / getattr(target, size) for size, number in shape.sizes.items()}
+    width, depth = grew["width"], grew["depth"]
+    expert = width * grew.get("expert_size", 1.0)
     grown = {
         "unembedding": width,
         "attention": width * depth,
-        "router": width * depth * shape.num_experts / target.num_experts,
-        **dict.fromkeys(("expert_up", "expert_down"), expert * depth * shape.top_k / target.top_k),
+        "router": width * depth * grew.get("num_experts", 1.0),
+        **dict.fromkeys(("expert_up", "expert_down"), expert * depth * grew.get("top_k", 1.0)),
         **dict.fromkeys(("shared_up", "shared_down"), expert * depth),
     }
     return sum(flops * grown.get(role, width**2 * depth) for role, flops in parts.items())
@@ -285,7 +293,7 @@ class _Search:
             )
         ]
         self.built: dict[Shape, Base] = {}
-        self.refused: dict[tuple[int, int], str] = {}
+        self.refused: dict[tuple[int, int | None], str] = {}
 
     def within(self, share: float) -> Base | None:
         """The nearest shape that costs at most this share of the target; where none does, the cheapest; else None."""
@@ -308,8 +316,7 @@ class _Search:
         if shape not in self.built:
             model_class = self.structure.model_class
             try:
-                sizes = {size: getattr(shape, size) for size in SIZES}
-                config = scale_config(self.config, **sizes, model_class=model_class)
+                config = scale_config(self.config, **shape.sizes, model_class=model_class)
                 structure = read_structure(model_class, config)
                 check_routers(structure, "the base")
                 if set(structure.kinds) != set(self.structure.kinds):

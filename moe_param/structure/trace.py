@@ -37,7 +37,7 @@ EXPERTS_MARKS = ("has_gate", "is_transposed", "has_bias", "is_concatenated", "nu
 
 
 class StructureError(MoeParamError):
-    """The model cannot be read: no experts, a forward pass that does not run on fake tensors, no decoder stack."""
+    """The model cannot be read: no decoder stack, or a forward pass that does not run on fake tensors."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,7 @@ class _Watcher(TorchDispatchMode):
         # address is not used again.
         self.by_storage: dict[int, tuple[Flow, Any]] = {}
         self.layer = -1
+        self.chose = ""  # the operation that picked some of many by their scores, inside a layer
         for name, parameter in model.named_parameters():
             self.flows[parameter] = Flow(((name, 1.0),), weight=True)
 
@@ -258,6 +259,8 @@ class _Watcher(TorchDispatchMode):
             return out
         for _, flow in known:
             self.trace.used.update(flow.names)
+        if op in ("topk", "argmax") and self.layer >= 0:
+            self.chose = op
         if op in _LINEAR:
             flow = self.add(op, [f for _, f in known], scalar=_scalar(args))
         elif op in _PRODUCTS:
@@ -277,7 +280,8 @@ class _Watcher(TorchDispatchMode):
             if op == "_softmax":
                 self.softmax([f for _, f in known])
             tags = frozenset().union(*(f.tags for _, f in known)) | {op}
-            flow = Flow(weight=all(f.weight for _, f in known) and len(known) == len(operands), tags=tags)
+            qk = known[0][1].qk if op in ("tanh", "maximum") else None  # a cap on attention logits
+            flow = Flow(weight=all(f.weight for _, f in known) and len(known) == len(operands), tags=tags, qk=qk)
         if op in ("sum", "_softmax") and _over_one(args):
             flow = replace(flow, tags=flow.tags | {_OVER_ONE})
         self.set(out, flow)
@@ -340,13 +344,12 @@ class _Watcher(TorchDispatchMode):
             normalizes = "rsqrt" in factor.tags
             if not factor.degrees and (not normalizes or self.normed_stream):
                 return Flow(stream=True, scaled=True, tags=frozenset({"rsqrt"}) if normalizes else frozenset())
-        tags = a.tags | b.tags
-        if op == "div" or set(a.names) & set(b.names):  # a normalization: degrees cancel
-            degrees = _merge(a.degrees, b.degrees, -1.0 if op == "div" else 1.0)
-            return Flow(degrees, inner=a.inner + b.inner if degrees else a.names + a.inner, tags=tags)
-        qk = None
+        tags, qk = a.tags | b.tags, None
         if op in _CONTRACTIONS and a.degrees and b.degrees:
             qk = (a.names, b.names, int(left.shape[-1]))
+        if op == "div" or set(a.names) & set(b.names):  # a normalization (degrees cancel), or one weight makes q and k
+            degrees = _merge(a.degrees, b.degrees, -1.0 if op == "div" else 1.0)
+            return Flow(degrees, inner=a.inner + b.inner if degrees else a.names + a.inner, tags=tags, qk=qk)
         # Linear in each factor: either will do, and matrices come before scales.
         lead = max((a, b), key=lambda f: max((len(self.trace.shapes[n]) for n in f.names), default=0))
         return Flow(lead.degrees, lead.upstream, inner=lead.inner, tags=tags, qk=qk)
@@ -467,26 +470,45 @@ def is_experts(module: nn.Module) -> bool:
 def find_layers(model: nn.Module) -> tuple[str, list[nn.Module]]:
     """Name and members of the decoder stack: the outermost `ModuleList` that holds the experts modules.
 
+    Without experts it is, of the outermost `ModuleList`s beside the embedding of the tokens, the largest.
+
     Raises:
-        StructureError: no experts module, or experts outside one common `ModuleList`.
+        StructureError: no `ModuleList` of layers, or experts outside one common `ModuleList`.
     """
     experts = [name for name, module in model.named_modules() if is_experts(module)]
-    if not experts:
-        raise StructureError(
-            f"{type(model).__name__} has no experts module: moe_param expects experts that transformers decorates "
-            "with `use_experts_implementation` (3-D `gate_up_proj`/`up_proj` and `down_proj`). For a dense model "
-            "use a dense parameterization instead."
-        )
     stacks = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    holding = [s for s in stacks if all(e.startswith(s + ".") for e in experts)]
-    if not holding:
-        raise StructureError(
-            f"the experts modules of {type(model).__name__} do not share one decoder stack (a `ModuleList`): {experts}"
-        )
+    if experts:
+        holding = [s for s in stacks if all(e.startswith(s + ".") for e in experts)]
+        if not holding:
+            raise StructureError(
+                f"the experts modules of {type(model).__name__} do not share one decoder stack (a `ModuleList`): "
+                f"{experts}"
+            )
+    else:
+        decoder = _text_decoder(model)
+        holding = [s for s in stacks if s.startswith(decoder) and not any(s.startswith(t + ".") for t in stacks)]
+        if not holding:
+            raise StructureError(
+                f"{type(model).__name__} has neither experts (modules that transformers decorates with "
+                "`use_experts_implementation`) nor a decoder stack (a `ModuleList` of layers in the module that "
+                "embeds the tokens)"
+            )
+        holding = [max(holding, key=lambda s: sum(p.numel() for p in model.get_submodule(s).parameters()))]
     name = min(holding, key=len)
     stack = model.get_submodule(name)
     assert isinstance(stack, nn.ModuleList)
     return name, list(stack)
+
+
+def _text_decoder(model: nn.Module) -> str:
+    """Prefix of the names in the innermost `PreTrainedModel` that embeds the tokens."""
+    embedding: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    holding = [
+        name + "." if name else ""
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and any(m is embedding for m in module.modules())
+    ]
+    return max(holding, key=len, default="")
 
 
 _recent: OrderedDict[tuple[type[PreTrainedModel], str, str], tuple[PreTrainedModel, Trace]] = OrderedDict()
@@ -498,7 +520,7 @@ def trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) ->
     Returns the fake model (for its module tree) and the trace: the caller's own, the fake tensors aside.
 
     Raises:
-        StructureError: the model has no experts or no input embedding, or cannot be built or run on fake tensors.
+        StructureError: the model has no decoder stack or no input embedding, or cannot be built or run on fake tensors.
     """
     model, trace = shared_trace(model_class, config)
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -538,6 +560,12 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
             out = model(input_ids=torch.zeros(1, adapter_for(config).tokens, dtype=torch.long), use_cache=False)
         for handle in handles:
             handle.remove()
+        if watcher.chose and not trace.routers:
+            raise StructureError(
+                f"{model_class.__name__} chooses by `{watcher.chose}` in its layers, as routers do, and has no experts "
+                "module that transformers decorates with `use_experts_implementation`: it is neither read as dense nor "
+                "as a mixture of experts"
+            )
         if not trace.logits_from:
             last = watcher.flow(getattr(out, "last_hidden_state", None))
             trace.logits_from = last.names if last is not None else ()
@@ -594,6 +622,8 @@ def _hook(model: PreTrainedModel, layers: list[nn.Module], watcher: _Watcher) ->
             hidden = args[0] if args else kwargs["hidden_states"]
             flow = watcher.flow(hidden)
             if flow is not None and flow.stream and flow.scaled:
+                trace.plain_residual = False
+            if index > 0 and (flow is None or not flow.stream):  # the layer before ends in a norm
                 trace.plain_residual = False
             watcher.set(hidden, Flow(stream=True))
 

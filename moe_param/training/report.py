@@ -80,7 +80,7 @@ def active_parameters(parameterization: Parameterization) -> tuple[int, int]:
     shape, rules = parameterization.shape, parameterization.rules.values()
     total = sum(math.prod(rule.shape) for rule in rules)
     routed = sum(math.prod(rule.shape) for rule in rules if rule.role in ("expert_up", "expert_down"))
-    return total, total - routed + routed * shape.top_k // shape.num_experts
+    return total, total - routed + int(routed * (shape.sparsity or 0))
 
 
 # Dense bfloat16 peaks of one device in TFLOP/s, without sparsity, from the makers' data sheets.

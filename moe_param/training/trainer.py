@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from moe_param import LoadBalancingCallback, ScaleFreeClipping
-from moe_param.balancing.routing import find_routes
+from moe_param.balancing.routing import check_routed, find_routes
 from moe_param.balancing.saved import load_selection_biases
 from moe_param.balancing.selection import selection_of
 from moe_param.training.arguments import PretrainArguments
@@ -96,10 +96,13 @@ class Clipping(ScaleFreeClipping):
         pass
 
 
-def balancing(model: PreTrainedModel, args: PretrainArguments) -> Balancing:
-    """Balancing as asked; by default on, where the model's own routers have a selection bias."""
+def balancing(model: PreTrainedModel, args: PretrainArguments) -> Balancing | None:
+    """Balancing as asked; by default on, where the model's own routers have a selection bias. None: it is dense."""
     routes = find_routes(model, inject=args.inject_bias)
     rate = args.balance_rate
+    if not routes and rate is None and not args.inject_bias:
+        return None
+    check_routed(model, routes)
     if rate is None:
         gates = [route.gate for route in routes if route.gate is not None]
         rate = 0.1 if gates and all(gate.scores == "softmax" for gate in gates) else 0.01
@@ -172,7 +175,8 @@ class PretrainTrainer(MoETrainer):
     ) -> None:
         self.balancing, self.clipping = balancing(model, args), clipping
         args.ignore_data_skip = True  # our batches begin where the checkpoint ends
-        callbacks = [self.balancing, *([clipping] if clipping else []), *kwargs.pop("callbacks", [])]
+        own = [callback for callback in (self.balancing, clipping) if callback is not None]
+        callbacks = [*own, *kwargs.pop("callbacks", [])]
         # Trainer refuses checkpoints of models that were sharded while loading, as it cannot resume them; we can.
         strategy = args.save_strategy
         if getattr(model, "is_distributed_loading_by_transformers", False):
@@ -276,7 +280,7 @@ class PretrainTrainer(MoETrainer):
             if self.skipped:
                 logs["skipped_steps"] = self.skipped
             logs.update(self.speed.metrics(steps))
-            if self.balancing.balancer is not None:
+            if self.balancing is not None and self.balancing.balancer is not None:
                 logs.update({f"moe/{name}": value for name, value in self.balancing.balancer.metrics().items()})
             if self.clipping is not None and self.clipping.norm is not None:
                 logs["scale_free_grad_norm"] = self.clipping.norm.item()
@@ -336,8 +340,9 @@ class PretrainTrainer(MoETrainer):
         self._save_biases(folder)
 
     def _save_biases(self, folder: Path) -> None:
-        if self.args.should_save and self.balancing.balancer is not None and self.balancing.balancer.needs_file:
-            self.balancing.balancer.save(folder)
+        balancer = None if self.balancing is None else self.balancing.balancer
+        if self.args.should_save and balancer is not None and balancer.needs_file:
+            balancer.save(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)

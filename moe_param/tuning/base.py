@@ -110,7 +110,7 @@ def document_of(
     return {
         "model_type": base.model_type,
         "overrides": overrides_of(base),
-        "tuned_at": {axis: size for axis, size in asdict(plan.base_shape).items() if axis != "head_dim"},
+        "tuned_at": plan.base_shape.sizes,
         "spec": given["spec"],
         **dict.fromkeys(("learning_rate", "init_std", "constants")),
         **{name: value for name, value in given.items() if value not in (None, -1, {})},

@@ -110,8 +110,7 @@ def targets(base: PretrainedConfig, axes: Sequence[str]) -> dict[str, Pretrained
         grown = shape
         for axis, factor in parse_sizes(text, AXES, float, option="--axes").items():
             grown = grown.along(axis, factor)
-        sizes = {axis: getattr(grown, axis) for axis in (*AXES, "top_k")}
-        found[text] = moe_param.scale_config(base, **sizes)
+        found[text] = moe_param.scale_config(base, **grown.sizes)
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig
 
-from moe_param import Shape, ShapeError, StructureError
+from moe_param import Shape, ShapeError
 from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
 from moe_param.checks.measure import expert_activations
 from moe_param.checks.verdicts import GROW, Slope, fit, judge
@@ -193,7 +193,7 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 
 
 def test_models_that_cannot_be_checked() -> None:
-    with pytest.raises(StructureError, match="no experts"):
+    with pytest.raises(CoordCheckError, match="is of experts, and a dense model has none"):
         coord_check(BertConfig(), BASE, axis="width")
     with pytest.raises((ShapeError, CoordCheckError), match="sparsemixer"):
         coord_check(tiny_config("phimoe"), Shape.from_config(tiny_config("phimoe")), axis="num_experts")

@@ -126,7 +126,7 @@ def test_recorded_parameterization_is_shown(tmp_path: Path) -> None:
         (("{tmp}/broken.json", "--base", BASE), "no config can be read"),
         (("{tmp}/untyped.json", "--base", BASE), "no config can be read"),
         (("{tmp}/missing.json", "--base", BASE), "no file, folder or model type"),
-        (("gpt2", "--base", "width=384"), "no experts module"),
+        (("gpt2", "--base", "width=384,num_experts=8"), "size 'num_experts' is of experts, and a dense model has none"),
     ],
 )
 def test_errors_are_one_line(target: Path, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

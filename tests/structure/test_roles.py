@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
+from transformers import JetMoeConfig, LlamaConfig, LlamaPreTrainedModel, MixtralForCausalLM
 
 import moe_param
-from moe_param import RoleError, StructureError
+from moe_param import RoleError, Shape, StructureError
 from moe_param.structure.roles import Info, read_structure
 from moe_param.structure.trace import find_layers
 from tests.models import CORE, KeepDouble, build, classes, tiny_config, tokens
@@ -335,9 +335,29 @@ def test_parameters_without_a_role_are_all_listed() -> None:
     assert {n for n, rule in frozen.rules.items() if rule.role == "frozen"} == {"probe"}
 
 
-def test_a_dense_model_is_refused() -> None:
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128
-    )
-    with pytest.raises(StructureError, match="LlamaForCausalLM has no experts module"):
-        moe_param.apply(LlamaForCausalLM(config), config, experts=None)
+class WithoutLayers(LlamaPreTrainedModel):
+    """Neither experts nor a list of layers."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> Any:
+        return self.embed
+
+    def forward(self, input_ids: Any, use_cache: bool = False) -> Any:
+        return self.head(self.embed(input_ids))
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    config = LlamaConfig(hidden_size=32, vocab_size=128)
+    with pytest.raises(StructureError, match=r"WithoutLayers has neither experts .* nor a decoder stack"):
+        moe_param.apply(WithoutLayers(config), config, experts=None)
+
+
+def test_experts_outside_the_interface_are_not_read_as_dense() -> None:
+    config = JetMoeConfig(hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, vocab_size=128)
+    with pytest.raises(StructureError, match="chooses by `topk` in its layers, as routers do"):
+        Shape.from_config(config)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from moe_param import Shape, ShapeError, StructureError, scale_config
+from moe_param import Shape, ShapeError, scale_config
 from moe_param.structure.trace import find_layers, is_experts
 from tests.models import CORE, build, tiny_config, tokens
 
@@ -92,9 +92,24 @@ def test_impossible_shapes() -> None:
         Shape(**{**sizes, "top_k": 9})
 
 
-def test_configs_without_experts() -> None:
-    with pytest.raises(StructureError, match="no experts"):
-        Shape.from_config(LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+def test_shapes_without_experts() -> None:
+    config = LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    shape = Shape.from_config(config)
+    assert shape == Shape(width=32, depth=1, head_dim=16)
+    assert shape.dense
+    assert shape.sparsity is None
+    assert shape.axes == ("width", "depth")
+    assert shape.sizes == {"width": 32, "depth": 1}
+    assert shape.along("width", 4) == Shape(width=128, depth=1, head_dim=16)
+    for axis in ("num_experts", "expert_size"):
+        with pytest.raises(ShapeError, match=f"axis '{axis}' is of experts, .*: it has width, depth"):
+            shape.along(axis, 2)
+    with pytest.raises(ShapeError, match=r"unknown axis 'dept' \(did you mean 'depth'"):
+        shape.along("dept", 2)
+    with pytest.raises(ShapeError, match="size 'top_k' is of experts"):
+        scale_config(config, top_k=2)
+    with pytest.raises(ShapeError, match="without top_k and expert_size"):
+        Shape(width=32, depth=1, num_experts=8)
 
 
 # -- scaling ---------------------------------------------------------------------------------------------------------
