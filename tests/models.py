@@ -42,6 +42,13 @@ AHEAD: dict[str, dict[str, dict[str, Any]]] = json.loads((Path(__file__).parent 
 `tests/own_models.py`; `encoder_decoder`; `newer`: of a later transformers), in the format of `ALL_FAMILIES`, each with
 the facts that a reader of its code finds (see tests/test_families_ahead.py). One that can be read moves over there."""
 
+DENSE: dict[str, dict[str, Any]] = {
+    name: entry
+    for name, entry in json.loads((Path(__file__).parent / "dense_families.json").read_text()).items()
+    if find_spec(entry["module"].rpartition(".")[0]) is not None
+}
+"""Decoder-only families without experts that the installed transformers has, in the format of `ALL_FAMILIES`."""
+
 CORE = (
     "mixtral",
     "qwen2_moe",
@@ -84,7 +91,7 @@ BYTE_MIXTRAL = {
 
 def entry_of(family: str) -> dict[str, Any]:
     """What the families files say of a family."""
-    return next(entries[family] for entries in (FAMILIES, *AHEAD.values()) if family in entries)
+    return next(entries[family] for entries in (FAMILIES, DENSE, *AHEAD.values()) if family in entries)
 
 
 def classes(family: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.structure.adapters import adapter_for
 from moe_param.structure.shape import Shape, ShapeError, measure
-from moe_param.structure.trace import find_layers, is_experts, model_class_for, shared_trace
+from moe_param.structure.trace import Trace, find_layers, is_experts, model_class_for, shared_trace
 
 RECORDS = "moe_param"
 """What the names of all entries begin with that this package writes into the config of a model."""
@@ -22,8 +22,8 @@ RECORDS = "moe_param"
 # Config attributes by what they mean. Families name the same thing differently; a new name is added here, and
 # `scale_config` builds the scaled model and measures it, so a missing name is an error and never a wrong model.
 _WIDTH = r"hidden_size|d_model|n_embd|word_embed_proj_dim"
-_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads?|num_kv"
-_RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|\w*latent_size"
+_HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads?|attention_heads|num_kv_heads"
+_RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|mamba_d_ssm|\w*latent_size"
 _DEPTH = r"num_hidden_layers|num_layers|n_layers?"
 _LAST_LAYER = r"\w*layer_end_index"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
@@ -73,7 +73,7 @@ def scale_config(
         if getattr(new, axis) != getattr(old, axis):
             raise ShapeError(f"{type(config).__name__} cannot change {axis}: {why}")
     values = repeat_layers(attributes.scaled(new), old.depth, new.depth)
-    return _verified(config, values, model_class, source, old, new)
+    return _verified(config, values, model_class, source, trace, old, new)
 
 
 def without_records(config: PretrainedConfig) -> PretrainedConfig:
@@ -213,6 +213,7 @@ def _verified(
     values: dict[str, Any],
     model_class: type[PreTrainedModel],
     source: PreTrainedModel,
+    trace_of_source: Trace,
     old: Shape,
     new: Shape,
 ) -> PretrainedConfig:
@@ -233,6 +234,8 @@ def _verified(
             f"{name} does not scale as asked: wanted {new}, the scaled config builds {got}. "
             "A size that scale_config does not know decides this family's shape; pass a config instead of a Shape."
         )
+    if new.dense:
+        _check_growth(name, trace_of_source, trace, Fraction(new.width, old.width))
     before, after = (depth - _moe_layers(m) for depth, m in ((old.depth, source), (new.depth, model)))
     if after > max(before, math.ceil(before * Fraction(new.depth, old.depth))):
         raise ShapeError(
@@ -240,6 +243,29 @@ def _verified(
             f"of {old.depth}: an attribute that scale_config does not know decides where experts are; pass a config"
         )
     return scaled
+
+
+def _check_growth(name: str, old: Trace, new: Trace, ratio: Fraction) -> None:
+    """Refuses a dense model that is wider by `ratio` outside its branches and not inside, where no `Shape` looks.
+
+    Raises:
+        ShapeError: the first matrix at the end of a branch that sums over as many units as before.
+    """
+    inside = [
+        {
+            re.sub(r"\.\d+\.", ".*.", n): (n, t.fan_in[n])
+            for b in t.branches
+            for n in (*b.closers, *b.inner)
+            if n in t.fan_in
+        }
+        for t in (old, new)
+    ]
+    for pattern, (parameter, size) in inside[1].items():
+        if ratio != 1 and inside[0].get(pattern, (None, None))[1] == size:
+            raise ShapeError(
+                f"{name} at width × {ratio} keeps the {size} units in front of {parameter}: an attribute that "
+                "scale_config does not know, or that rounds, decides them; pass a config instead of a Shape"
+            )
 
 
 def _moe_layers(model: PreTrainedModel) -> int:
