@@ -12,7 +12,7 @@ TESTED := requirements-tested.txt
 PYTEST_ARGS ?= -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint types check fast test test-all docs wheel demo format clean
+.PHONY: help setup lint types check fast test test-all docs wheel demo gpu gpu-wheels format clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -82,6 +82,15 @@ wheel: $(STAMP)  ## the wheel, into dist
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
 	$(BIN)/moe-param transfer recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
+
+# On the machine with the GPU: with the Python and torch that are there, and no set-up of ours.
+#   MINUTES=9 GPU_ARGS="--only a b"   see python -m recipes.bench.gpu --help
+MINUTES ?= 25
+gpu:  ## everything that waits for a GPU, with the Python that is there (docs/experts.md)
+	$${PYTHON:-python3} -m recipes.bench.gpu --minutes $(MINUTES) --out build/gpu --wheels build/gpu-wheels $(GPU_ARGS)
+
+gpu-wheels: $(STAMP)  ## what a GPU machine without network may lack, into build/gpu-wheels: take it along
+	$(BIN)/python -m recipes.bench.gpu.wheels --out build/gpu-wheels
 
 format: $(STAMP)  ## rewrite the code the way `make lint` wants it
 	$(BIN)/ruff check --fix .

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,15 @@ class Speed:
 
 
 def versions() -> dict[str, str]:
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}
+    packages = {name: _installed(name) for name in ("torch", "transformers", "accelerate", "datasets")}
     return {"python": platform.python_version(), "moe_param": moe_param.__version__, **packages}
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
 
 
 def hardware() -> str:

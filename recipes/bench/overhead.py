@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, T
 from transformers.optimization import get_constant_schedule_with_warmup
 
 import moe_param
+from recipes.bench.goals import GOALS, held
 from recipes.bench.report import bench_report
 
 DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
@@ -84,23 +85,30 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> dict[str, 
 
 
 # -- a training step -------------------------------------------------------------------------------------------------
-def bench_step(smallest: bool) -> list[dict[str, Any]]:
+STEP_TARGETS = {"cpu": 1.01, "cuda": GOALS["step, Adam"].bound}
+
+
+def bench_step(smallest: bool, device: str) -> list[dict[str, Any]]:
     """Forward, backward, optimizer and schedule of one model under optimizers that Trainer itself has built.
 
     "stock" is what a plain Trainer makes (decay and no decay), twice, to show what the noise is; "ours" is Trainer
-    with our factory. All three train the same weights in turns.
+    with our factory. All three train the same weights in turns; on a GPU under autocast to bfloat16.
     """
     rounds = 2 if smallest else 60
-    target = config(64, 2, 64, 128) if smallest else config(512, 4, 768, 8192)
+    sizes = {"cpu": (512, 4, 768, 8192), "cuda": (1024, 8, 1408, 32000)}
+    target = config(64, 2, 64, 128) if smallest else config(*sizes[device])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(target)
+    model = AutoModelForCausalLM.from_config(target).to(device)
     parameterization = moe_param.apply(model, base_of(target), seed=0, experts=None)
     factory = parameterization.optimizer_factory(torch.optim.AdamW)
-    ids = torch.randint(target.vocab_size, (4, 16 if smallest else 128))
+    batch = (4, 16) if smallest else {"cpu": (4, 128), "cuda": (8, 1024)}[device]
+    ids = torch.randint(target.vocab_size, batch, device=device)
 
     with tempfile.TemporaryDirectory() as folder:
         # A tiny rate: three optimizers share the weights, and none should lead them anywhere.
-        arguments = TrainingArguments(folder, learning_rate=1e-6, weight_decay=0.1, use_cpu=True, report_to=[])
+        arguments = TrainingArguments(
+            folder, learning_rate=1e-6, weight_decay=0.1, use_cpu=device == "cpu", report_to=[]
+        )
         numbers = {"lr": 1e-6, "eps": 1e-8, "weight_decay": 0.1, "fused": True}  # fused: as Trainer's default
         optimizers = {
             "stock": Trainer(model, arguments).create_optimizer(),
@@ -108,25 +116,33 @@ def bench_step(smallest: bool) -> list[dict[str, Any]]:
             "ours": Trainer(model, arguments, optimizer_cls_and_kwargs=(factory, numbers)).create_optimizer(),
         }
     schedules = {name: get_constant_schedule_with_warmup(optimizer, 10) for name, optimizer in optimizers.items()}
+    wait = torch.get_device_module(device).synchronize  # nothing on a CPU
 
     def step(name: str) -> float:
+        wait()
         start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimizers[name].step()
         schedules[name].step()
         optimizers[name].zero_grad()
+        wait()
         return time.perf_counter() - start
 
     measure = {name: partial(step, name) for name in optimizers}
     compare(measure, 1 if smallest else 5)  # the first steps allocate
     seconds = compare(measure, rounds)
+    found = ratio(seconds, "ours", "stock")
     details = {
+        "device": device,
         "parameters": sum(p.numel() for p in model.parameters()),
         "groups": {name: len(optimizer.param_groups) for name, optimizer in optimizers.items()},
         "threads": torch.get_num_threads(),
         "noise": ratio(seconds, "stock again", "stock")["ratio"],
+        "goals": [held("step, Adam", found["ratio"])] if device == "cuda" or smallest else [],
     }
-    return [{"name": "training step", "target": 1.01, **ratio(seconds, "ours", "stock"), **details}]
+    return [{"name": "training step", "target": STEP_TARGETS[device], **found, **details}]
 
 
 # -- apply -----------------------------------------------------------------------------------------------------------
@@ -273,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m recipes.bench.overhead", description=DESCRIPTION)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--only", choices=benches, nargs="+", default=benches, help="default: all")
+    parser.add_argument("--device", choices=tuple(STEP_TARGETS), default="cpu", help="of the training step")
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for free cores before an `apply`")
     parser.add_argument("--smallest", action="store_true", help="tiny models, one round: tries the code, not the times")
     parser.add_argument("--worker", type=int, choices=(0, 1), help=argparse.SUPPRESS)
@@ -283,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(json.dumps(run))
         return run
     run_bench = {
-        "step": lambda: bench_step(arguments.smallest),
+        "step": lambda: bench_step(arguments.smallest, arguments.device),
         "apply": lambda: bench_apply(arguments.smallest, 0 if arguments.smallest else arguments.patience),
         "import": lambda: bench_import(arguments.smallest),
     }

@@ -102,19 +102,20 @@ def test_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_goals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which numbers are held against which; on CUDA only, so with times that are made up."""
+    """Which numbers are held against which, with times that are made up."""
     monkeypatch.setattr(bench_experts.experts, "gmm_provider", lambda device, dtype, choice: "torch")
     times = {"megablocks (torch)": 2.0, "megablocks (grouped_gemm)": 1.0, "eager": 5.0, "grouped_mm": 1.9, "dense": 1.7}
     seconds = {name: [value, 2 * value] for name, value in times.items()}
     large = Case(tokens=32768, num_experts=8, top_k=2, expert_size=4096, width=64, routing="balanced")
-    found = {goal["name"]: goal for goal in goals(large, seconds, "cuda", torch.bfloat16)}
-    assert {name: (goal["ratio"], goal["passed"]) for name, goal in found.items()} == {
-        "fastest other / ours": (0.95, False),  # grouped_mm; the other provider of ours is no rival
-        "eager / ours": (2.5, True),
-        "ours / dense": (1.1765, True),
+    found = {goal["goal"]: goal for goal in goals(large, seconds, "cuda", torch.bfloat16)}
+    assert {name: (goal["value"], goal["met"]) for name, goal in found.items()} == {
+        "fastest other": (0.95, False),  # grouped_mm; the other provider of ours is no rival
+        "eager": (2.5, True),
+        "dense": (1.1765, True),
     }
-    assert [goal["name"] for goal in goals(CASE, seconds, "cuda", torch.bfloat16)] == list(found)[:2]
-    assert goals(large, {"eager": [1.0]}, "cuda", torch.bfloat16) == goals(large, seconds, "cpu", torch.float32) == []
+    assert found["dense"]["where"] == "E8k2F4096H64, 32768 tokens, balanced"
+    assert {goal["goal"] for goal in goals(CASE, seconds, "cuda", torch.bfloat16)} == {"fastest other", "eager"}
+    assert goals(large, {"eager": [1.0]}, "cuda", torch.bfloat16) == []
 
 
 def test_measured_provider(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,355 @@
+"""What waits for a GPU: every line of it runs here, is killed here, and goes on here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from moe_param.errors import InputError
+from recipes.bench import balance, goals
+from recipes.bench.goals import GOALS, held
+from recipes.bench.gpu import __main__ as command
+from recipes.bench.gpu import machine, packages, report, rows, running, setup, wheels
+from recipes.bench.gpu.running import DONE, FAILED, LIMIT, NO_TIME, NOT_BUILT, NOT_RUN, Outcome, Run, run_all
+from recipes.bench.gpu.steps import STEPS, Step
+from tests.recipes.gpu_run import MACHINE
+from tests.recipes.gpu_step import step
+
+ROOT = Path(__file__).parents[2]
+SETUP = {
+    "machine": {"device": "a GPU", "torch": "2", "transformers": "5", "nvcc": None},
+    "packages": {"rich": {"needed": ">=13", "here": "15"}, "datasets": {"needed": ">=4", "here": None}},
+    "installed": {"rich": "rich-15-py3-none-any.whl"},
+    "lacking": {"datasets": "nothing is here, >=4 is needed"},
+    "kernels": "installed. ok",
+}
+
+
+def ended(steps: list[Step], folder: Path, seconds: float = 600, **options: Any) -> dict[str, Outcome]:
+    run = Run(folder, "cpu", True, os.environ)
+    return {found.step: found for found in run_all(steps, run, MACHINE, time.monotonic() + seconds, **options)}
+
+
+def starts(folder: Path, name: str) -> int:
+    path = folder / f"{name}.starts"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.05)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, also where nobody has fetched its exit status."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+# -- limits, failures, resuming --------------------------------------------------------------------------------------
+def test_each_step_comes_to_its_end_and_the_next_one_runs(tmp_path: Path) -> None:
+    """One that works, one that raises, one that hangs: killed at its limit with what it started, and recorded."""
+    steps = [
+        step("a", "works"),
+        step("b", "fails"),
+        step("c", "hangs", limit=4.0),
+        step("d", "works", needs="b"),
+        step("e", "works", needs="a"),
+        Step("f", "what is not there", not_built="nobody built it"),
+    ]
+    found = ended(steps, tmp_path)
+    assert {name: outcome.state for name, outcome in found.items()} == {
+        "a": DONE, "b": FAILED, "c": LIMIT, "d": NOT_RUN, "e": DONE, "f": NOT_BUILT
+    }  # fmt: skip
+    assert "RuntimeError: no kernel image" in found["b"].reason and "raise RuntimeError" in found["b"].reason
+    assert found["c"].reason == "after 4 s. at work" and found["d"].reason == "needs b"
+    wait_for(lambda: gone(int((tmp_path / "c.child").read_text())))
+
+    again = ended(steps, tmp_path)
+    assert again == found and [starts(tmp_path, name) for name in "abcde"] == [1, 1, 1, 0, 1]
+    retried = ended([step("b", "works"), *steps[2:4]], tmp_path, retry=True)
+    assert [starts(tmp_path, name) for name in "abcde"] == [1, 2, 2, 1, 1]
+    assert (retried["b"].state, retried["d"].state, ended(steps, tmp_path)["b"].state) == (DONE, DONE, DONE)
+
+
+def test_killed_midway_it_repeats_the_running_step_alone(tmp_path: Path) -> None:
+    """SIGKILL, which nothing can answer: the step that ran ends too, and the same command goes on with it."""
+    words = [sys.executable, "-m", "tests.recipes.gpu_run", str(tmp_path)]
+    process = subprocess.Popen([*words, "hangs"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for(lambda: starts(tmp_path, "two") == 1)
+    process.kill()
+    process.wait()
+    wait_for(lambda: gone(int((tmp_path / "two.child").read_text())))
+    done = subprocess.run([*words, "works"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["one done", "two done", "three done"]
+    assert [starts(tmp_path, name) for name in ("one", "two", "three")] == [1, 2, 1]
+
+
+def test_when_the_time_is_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step begins that could not get anywhere; one that is cut is not over, and the next run has it again."""
+    found = ended([step("a", "works")], tmp_path, seconds=1)
+    assert found["a"].state == NO_TIME and not starts(tmp_path, "a")
+    monkeypatch.setattr(running, "LEAST", 0.0)
+    found = ended([step("a", "works"), step("b", "hangs")], tmp_path, seconds=8)
+    assert (found["a"].state, found["b"].state) == (DONE, NO_TIME)
+    assert "the same command repeats it" in found["b"].reason
+    assert ended([step("b", "works")], tmp_path)["b"].state == DONE and starts(tmp_path, "b") == 2
+
+
+def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
+    ended([step("a", "works")], tmp_path)
+    run = Run(tmp_path, "cpu", True, os.environ)
+    with pytest.raises(InputError, match=r"torch was 2, here it is 3\. Give another --out"):
+        list(run_all([step("a", "works")], run, {**MACHINE, "torch": "3"}, time.monotonic() + 60))
+
+
+# -- the dry run -----------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
+def test_dry_run(tmp_path: Path) -> None:
+    """The whole command, every step of it, on the CPU with Triton's kernels interpreted."""
+    words = ["--device", "cpu", "--smallest", "--out", str(tmp_path), "--wheels", str(tmp_path / "none")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    call = [sys.executable, "-m", "recipes.bench.gpu", *words]
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    left = json.loads((tmp_path / "report.json").read_text())
+    failed = {found["step"]: found["reason"] for found in left["steps"] if found["state"] in (FAILED, LIMIT)}
+    assert done.returncode == 0 and not failed, (done.stderr, failed)
+    assert [found["state"] for found in left["steps"]] == [NOT_BUILT if one.not_built else DONE for one in STEPS]
+
+    built = {name for name, goal in GOALS.items() if goal.built}
+    assert {found["goal"] for found in left["goals"]} == built - {"dense"}  # that one is for large shapes
+    assert not any(found["wrong"] for found in left["results"]["a"]["results"])
+    counts = left["results"]["b"]["results"][0]["counts"]
+    assert counts["passed"] > 25 and set(counts) == {"passed", "skipped"}
+    for name in ("c", "g, c again"):
+        assert all("megablocks (torch)" in case["implementations"] for case in left["results"][name]["results"])
+    text = (tmp_path / "report.md").read_text()
+    assert "A dry run" in text and "not built yet" in text and "| c | an experts layer" in text
+    for goal in GOALS.values():
+        assert f"| {goal.what} | {goal.text} |" in text
+
+    again = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0 and json.loads((tmp_path / "report.json").read_text())["steps"] == left["steps"]
+
+
+def test_the_dry_run_has_to_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--device", "cpu"])
+    assert "give --smallest too" in capsys.readouterr().err
+    run = Run(tmp_path, "cuda", False, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit, match="finds no CUDA device here; the dry run is --device cpu --smallest"):
+            command.prepare(run, tmp_path)
+    broken = Run(tmp_path, "cuda", False, {**os.environ, "PYTHONPATH": str(tmp_path)})
+    (tmp_path / "packaging.py").write_text("raise ImportError('no packaging')")
+    with pytest.raises(SystemExit, match=r"(?s)setup failed.*no packaging"):
+        command.prepare(broken, tmp_path)
+
+
+# -- what only a GPU has, made up ------------------------------------------------------------------------------------
+def test_the_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    found = machine.look()
+    assert (found["device"], found["capability"], found["GPU memory, GiB"]) == ("NVIDIA H100", "9.0", 80.0)
+    assert machine.said("no such program") is None and machine.said("false") is None
+
+
+def test_synchronizations_are_counted_and_the_modes_own_warning_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch says when the mode is first switched on has the same words in it (libtorch_python of 2.11)."""
+    import warnings
+
+    modes = []
+
+    def switched(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+            stacklevel=1,
+        )
+
+    def waits() -> None:
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switched)
+    assert balance.synchronizations(waits, "cuda") == 3 and modes == ["warn", "default"]
+    assert balance.synchronizations(waits, "cpu") == 0
+
+
+# -- the report ------------------------------------------------------------------------------------------------------
+def test_the_goals_in_the_docs_are_these() -> None:
+    """With the numbers of the report that is checked in, where there is one."""
+    measured = ROOT / "recipes" / "bench" / "results" / "gpu.json"
+    found = json.loads(measured.read_text("utf-8"))["goals"] if measured.exists() else []
+    assert goals.table(found) in (ROOT / "docs" / "experts.md").read_text("utf-8")
+
+
+def test_the_worst_number_counts() -> None:
+    found = [held("eager", value) for value in (3.0, 1.4, 2.0)] + [held("balancing", value) for value in (1.001, 1.01)]
+    worst = goals.worst(found)
+    assert (worst["eager"]["value"], worst["eager"]["met_by"], worst["eager"]["met"]) == (1.4, 2, False)
+    assert (worst["balancing"]["value"], worst["balancing"]["met_by"]) == (1.01, 1)
+    table = goals.table([*found, held("step, Adam", 1.004)])
+    assert "| ≥ 1.5 | 1.4 at worst, met by 2 of 3 |" in table and "| ≤ 1.005 | 1.004, met |" in table
+    assert table.count("not measured") == len(GOALS) - 4 and table.count("not built yet") == 1
+
+
+def test_numbers_stand_beside_their_goals_and_failures_say_why(tmp_path: Path) -> None:
+    steps = [step("a", "works"), step("b", "fails"), Step("h", "tuning", not_built="no workers"), step("i", "works")]
+    found = list(ended(steps[:3], tmp_path).values())
+    (tmp_path / "i.json").write_text('{"results": [')  # what a kill can leave
+    left, text = report.write(steps, found, Run(tmp_path, "cuda", False, os.environ), SETUP, "make gpu")
+    assert json.loads((tmp_path / "report.json").read_text()) == left and (tmp_path / "report.md").read_text() == text
+    assert text.startswith("# a GPU, torch 2, transformers 5\n\n```\nmake gpu\n```") and "dry run" not in text
+    assert "| ≥ 1.5 | 1.25 at worst, met by 2 of 4 |" in text  # what b had found before it failed counts too
+    assert "RuntimeError: no kernel image\n```" in text and "| h | tuning | not built yet: no workers | 0 |" in text
+    assert "- nvcc: none" in text and "| datasets | >=4 | none |" in text and "Lacking: datasets (nothing" in text
+    assert left["results"]["i"] == {}
+
+
+def test_an_experts_layer_is_a_table() -> None:
+    case = {
+        **{"shape": "E8k2F4096H1024", "tokens": 32768, "routing": "skewed", "not_run": {"sonicmoe": "no kernel"}},
+        "implementations": {
+            "dense": {"seconds": 0.01, "over_dense": 1.0},
+            "eager": {"seconds": 0.05, "over_dense": 5.0},
+        },
+    }
+    without = {**case, "routing": "balanced", "implementations": {"grouped_mm": {"seconds": 0.02}}}
+    choice = {"name": "provider", "capability": [9, 0], "fastest": "torch", "torch_over_grouped_gemm": 0.8}
+    text = rows.describe([case, without, choice])
+    assert "| E8k2F4096H1024 | 32768 | skewed | 10 | 5.00 | - |" in text
+    assert "| balanced | - | - | - |" in text and "- not run: sonicmoe, 2 of 2: no kernel" in text
+    assert "name provider, capability [9, 0], fastest torch" in text
+
+
+def test_each_test_is_on_disk_as_it_ends(tmp_path: Path) -> None:
+    """One that passes, fails, is skipped, cannot be collected; and what a kill would leave of one that runs."""
+    (tmp_path / "test_some.py").write_text(
+        "import json, pathlib, pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'one is not two'\n"
+        "@pytest.mark.skip(reason='no GPU')\ndef test_left_out(): pass\n"
+        "def test_running():\n"
+        f"    rows = json.loads(pathlib.Path({str(tmp_path / 'out.json')!r}).read_text())['results']\n"
+        "    assert rows[0]['counts'] == {'failed': 2, 'passed': 1, 'skipped': 1, 'running': 1}\n"
+    )
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    arguments = ["--out", str(tmp_path / "out.json"), "--smallest"]
+    code = f"import sys; from recipes.bench.gpu import gpu_tests; gpu_tests.TESTS = {str(tmp_path)!r}"
+    words = [sys.executable, "-c", f"{code}; sys.exit(gpu_tests.main({arguments!r})[0])"]
+    options = {**os.environ, "PYTEST_ADDOPTS": "--continue-on-collection-errors"}
+    done = subprocess.run(words, cwd=ROOT, env=options, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert results[0]["counts"] == {"failed": 2, "passed": 2, "skipped": 1}
+    said = {found["test"].rsplit("/", 1)[-1]: found["reason"] for found in results[1:]}
+    assert said["test_some.py::test_left_out"] == "no GPU"
+    assert "one is not two" in said["test_some.py::test_bad"]
+    lines = rows.describe(results)
+    assert "one is not two" in lines and "- skipped, 1: no GPU" in lines and "failed: `" in lines
+
+
+# -- packages --------------------------------------------------------------------------------------------------------
+def wheel(folder: Path, name: str, version: str, *needs: str, tag: str = "py3-none-any") -> Path:
+    """A real wheel with one module that says its version."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-{version}-{tag}.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr(f"{name}.py", f"VERSION = {version!r}\n")
+        metadata = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
+        file.writestr(f"{info}/METADATA", "\n".join(["Metadata-Version: 2.1", *metadata, ""]))
+        file.writestr(f"{info}/WHEEL", f"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: {tag}\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_only_what_is_missing_is_installed_and_nothing_there_is_touched(tmp_path: Path) -> None:
+    folder = tmp_path / "wheels"
+    wheel(folder, "one", "2.0", "two>=1", "unused; python_version < '3'", "more; extra == 'all'")
+    newer, old = wheel(folder, "two", "1.5"), wheel(folder, "two", "1.1")
+    wheel(folder, "kept", "9.0")
+    wheel(folder, "old", "3.0")
+    wheel(folder, "foreign", "1.0", tag="cp27-cp27m-win32")
+    asked = [Requirement(text) for text in ("one", "kept>=1", "old>=2", "foreign", "absent>=7")]
+    here = {"kept": "1.0", "old": "1.0", "absent": "6"}
+    found = packages.missing(asked, packages.wheels_here(folder), here)
+    assert [(name, path.name) for name, path in found["install"].items()] == [
+        ("one", "one-2.0-py3-none-any.whl"), ("old", "old-3.0-py3-none-any.whl"), ("two", newer.name)
+    ]  # fmt: skip
+    assert found["lacking"] == {
+        "foreign": "nothing is here, any version is needed",
+        "absent": "6 is here, >=7 is needed",
+    }
+    target = tmp_path / "site"
+    packages.install(found["install"].values(), target)
+    assert packages.installed([str(target)]) == {"one": "2.0", "old": "3.0", "two": "1.5"}
+    packages.install([old], target)  # a target that holds another version gets this one
+    assert packages.installed([str(target)])["two"] == "1.1"
+    with pytest.raises(subprocess.CalledProcessError):
+        packages.install([tmp_path / "none.whl"], target)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
+def test_what_is_needed() -> None:
+    names = {requirement.name for requirement in packages.needed()}
+    assert {"torch", "transformers", "rich", "datasets", "optuna", "matplotlib", "pytest"} <= names
+    assert not names & {"moe-param", "ruff", "trl"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
+def test_wheels_and_sources_for_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real, where a package index is in reach: another Python's wheels, and sources that a CPU cannot build; then
+    MegaBlocks' kernels from them into a private folder, without network."""
+    try:
+        found = wheels.main(["--out", str(tmp_path / "wheels")])
+    except SystemExit as reason:
+        if "No matching distribution" in str(reason):
+            pytest.skip("no package index in reach")
+        raise
+    names = {re.split(r"-\d", path.name)[0] for path in found}
+    assert {"rich", "typer", "datasets", "optuna", "sqlalchemy", "megablocks", "grouped_gemm", "stanford_stk"} <= names
+    assert not names & {"torch", "transformers", "numpy", "triton", "pyarrow"}
+    assert sum(path.stat().st_size for path in found) < 60e6
+    compiled = [path.name for path in found if "manylinux" in path.name and "abi3" not in path.name]
+    assert compiled and all("cp312" in name or "py3-none" in name for name in compiled)
+
+    monkeypatch.setattr(setup, "KERNELS", (*setup.KERNELS, "--force"))  # they are here already
+    said = setup.install_kernels(tmp_path / "wheels", tmp_path / "site")
+    assert said.startswith("installed"), said
+    assert (tmp_path / "site" / "megablocks" / "backend" / "kernels.py").exists()
+
+
+def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wheels, "needed", list)
+    monkeypatch.setattr(wheels, "EXTRA", ("big",))
+
+    def download(arguments: list[str], folder: Path, environment: Any = None) -> None:
+        if "big" in arguments:
+            with wheel(folder, "big", "1.0", "big").open("ab") as file:
+                file.truncate(61_000_000)
+
+    monkeypatch.setattr(wheels, "requirements_of", lambda path, environment: [Requirement("big"), Requirement("torch")])
+    monkeypatch.setattr(wheels, "pip_download", download)
+    with pytest.raises(SystemExit, match=r"holds 61 MB, 60 are allowed. The largest: big-1.0-py3-none-any.whl 61"):
+        wheels.main(["--out", str(tmp_path)])
