@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from moe_param.scaling.rules import ParameterizationError, Rule
     from moe_param.scaling.spec import ScalingSpec, SpecError
     from moe_param.structure.adapters import AdapterError, register_adapter
+    from moe_param.structure.observations import StructureError
     from moe_param.structure.roles import RoleError
     from moe_param.structure.scaling_config import scale_config
     from moe_param.structure.shape import Shape, ShapeError
     from moe_param.structure.suggest import BaseSuggestion, suggest_base
-    from moe_param.structure.trace import StructureError
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
 
 __version__ = "0.2.0"
@@ -57,7 +57,7 @@ _NAMES = {
     "structure.scaling_config": ("scale_config",),
     "structure.shape": ("Shape", "ShapeError"),
     "structure.suggest": ("BaseSuggestion", "suggest_base"),
-    "structure.trace": ("StructureError",),
+    "structure.observations": ("StructureError",),
     "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -23,7 +23,8 @@ from moe_param.balancing.probe import Probe
 from moe_param.balancing.selection import Selection, selection_of
 from moe_param.optim.groups import plain_name
 from moe_param.structure.adapters import adapter_for
-from moe_param.structure.trace import _quiet, is_experts, trace_model
+from moe_param.structure.dispatch import is_experts
+from moe_param.structure.trace import _quiet, trace_model
 
 
 @dataclass
@@ -82,7 +83,8 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
     routes: list[Route] = []
     seen: dict[Any, Any] = {}
     for router in trace.routers:
-        if router.module is None or type(skeleton.get_submodule(router.module)) is nn.Linear:
+        within = f"{router.experts}.".startswith(f"{router.module}.")
+        if within or type(skeleton.get_submodule(router.module)) is nn.Linear:
             raise RoutingError(
                 f"{router.experts} gets its indices from its block, not from a router module: its load cannot be "
                 "counted from outside. Newer versions of transformers give every family a router module: upgrade."

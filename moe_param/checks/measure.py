@@ -19,9 +19,9 @@ from moe_param.applying import apply
 from moe_param.ledger import fingerprint
 from moe_param.parameterization import Parameterization
 from moe_param.scaling.spec import ScalingSpec
+from moe_param.structure.dispatch import is_experts
 from moe_param.structure.roles import Structure, read_structure
 from moe_param.structure.shape import Shape
-from moe_param.structure.trace import is_experts
 
 QUANTITIES = (
     "embedding",

@@ -85,9 +85,8 @@ def derive_rules(
         name: _Pair.of(name, base.parameters[counterparts[name]], info, moved)
         for name, info in target.parameters.items()
     }
-    # Where no queries were seen, a head_dim shows in the factor that transformers puts on the attention logits.
     heads_moved = base.shape.head_dim != target.shape.head_dim or any(
-        p.base.head_dim != p.target.head_dim or p.base.scaling != p.target.scaling for p in pairs.values()
+        p.base.head_dim != p.target.head_dim for p in pairs.values()
     )
     _check_gaps(spec, base, target, moved, heads_moved)
     shares = _shares(base, target)

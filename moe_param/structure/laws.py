@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -26,24 +26,39 @@ class InitLaw:
 
 
 class InitWatcher(TorchDispatchMode):
-    """Remembers the last initializer of every tensor while a model is being built."""
+    """Remembers the last initializer of every tensor while a model is being built.
 
-    def __init__(self) -> None:
+    By identity, and the tensors are kept: constructors that move modules (`Module.to`) swap the contents of
+    parameters, which torch refuses to where something holds a weak reference to one. The fake tensors' own mode holds
+    some, to find the fake of a real tensor again, which nobody asks for here: they are dropped after every operation.
+    """
+
+    def __init__(self, fakes: FakeTensorMode) -> None:
         super().__init__()
-        self.laws: Any = WeakTensorKeyDictionary()
+        self.fakes = fakes
+        self.laws: dict[int, tuple[torch.Tensor, InitLaw]] = {}
+
+    def law(self, tensor: torch.Tensor) -> InitLaw | None:
+        """The last initializer of a tensor, None where none was seen."""
+        found = self.laws.get(id(tensor))
+        return found[1] if found else None
+
+    def remember(self, tensor: torch.Tensor, law: InitLaw) -> None:
+        self.laws[id(tensor)] = (tensor, law)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        self.fakes.fake_tensor_converter.tensor_memo.clear()
         op = func.overloadpacket.__name__
         if not args or not isinstance(args[0], torch.Tensor):
             return out
         values = [a for a in args[1:] if isinstance(a, (int, float))]
-        if op in ("mul", "div") and values and args[0] in self.laws:  # a copy at another scale, to be copied back
+        before = self.law(args[0]) or InitLaw("")
+        if op in ("mul", "div") and values:  # a copy at another scale, to be copied back
             factor = values[0] if op == "mul" else 1 / values[0]
-            law = self.laws[args[0]]
-            if law.kind in ("normal", "uniform"):
-                self.laws[out] = replace(law, std=law.std * abs(factor))
+            if before.kind in ("normal", "uniform"):
+                self.remember(out, replace(before, std=before.std * abs(factor)))
             return out
         if not op.endswith("_"):
             return out
@@ -57,26 +72,26 @@ class InitWatcher(TorchDispatchMode):
         elif op == "zero_":
             law = InitLaw("constant", value=0.0)
         elif op == "copy_":
-            law = self.laws.get(args[1], InitLaw("special"))
+            law = self.law(args[1]) or InitLaw("special")
         elif op == "fill_" and len(args) > 1 and isinstance(args[1], (int, float)):
             law = InitLaw("constant", value=float(args[1]))
-        elif (op == "erfinv_" and self.laws.get(args[0], InitLaw("")).kind == "uniform") or (
-            op in ("mul_", "add_", "clamp_") and self.laws.get(args[0], InitLaw("")).kind == "trunc_normal"
+        elif (op == "erfinv_" and before.kind == "uniform") or (
+            op in ("mul_", "add_", "clamp_") and before.kind == "trunc_normal"
         ):
-            law = self.truncated(op, args[0], values, kwargs)
+            law = _truncated(op, before, values, kwargs)
         else:
             law = InitLaw("special")
-        self.laws[args[0]] = law
+        self.remember(args[0], law)
         return out
 
-    def truncated(self, op: str, tensor: torch.Tensor, values: list[float], kwargs: dict[str, Any]) -> InitLaw:
-        """`torch.nn.init.trunc_normal_` is uniform_, erfinv_, mul_(std·√2), add_(mean), clamp_(low, high)."""
-        before = self.laws[tensor]
-        if op == "erfinv_":
-            return InitLaw("trunc_normal", std=1 / math.sqrt(2))
-        if op == "mul_":
-            return InitLaw("trunc_normal", std=before.std * values[0])
-        if op == "clamp_":
-            high = values[1] if len(values) > 1 else kwargs.get("max", math.inf)
-            return InitLaw("trunc_normal", std=before.std, bound=float(high))
-        return before if not values or values[0] == 0 else InitLaw("special")
+
+def _truncated(op: str, before: InitLaw, values: list[float], kwargs: dict[str, Any]) -> InitLaw:
+    """`torch.nn.init.trunc_normal_` is uniform_, erfinv_, mul_(std·√2), add_(mean), clamp_(low, high)."""
+    if op == "erfinv_":
+        return InitLaw("trunc_normal", std=1 / math.sqrt(2))
+    if op == "mul_":
+        return InitLaw("trunc_normal", std=before.std * values[0])
+    if op == "clamp_":
+        high = values[1] if len(values) > 1 else kwargs.get("max", math.inf)
+        return InitLaw("trunc_normal", std=before.std, bound=float(high))
+    return before if not values or values[0] == 0 else InitLaw("special")

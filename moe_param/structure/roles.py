@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
 from moe_param.structure.adapters import adapter_for
+from moe_param.structure.dispatch import find_layers, is_experts
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.observations import StructureError, Trace
 from moe_param.structure.shape import Shape, measure
-from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, shared_trace
+from moe_param.structure.trace import shared_trace
 
 UNTRAINED = ("frozen", "selection_bias")
 """Roles of parameters that no optimizer touches."""
@@ -34,7 +37,7 @@ class Info:
     offset: a gain of the form 1 + w.
     layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name).
     sites: forward multipliers that stand before or behind it (`moe_param.scaling.spec.SITES`).
-    head_dim, scaling: of the attention whose queries it makes.
+    head_dim, scaling: of the attention whose queries it makes; the model's own factor on query·key.
     padding: row of an embedding that stays zero.
     undo: {dimension: exponent} of a factor in the family's own forward pass that is taken back.
     """
@@ -92,23 +95,29 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         else:
             parameters[name] = reader.info(name, role)
     if unknown:
-        alike: dict[Any, list[str]] = {}
-        for name in unknown:
-            alike.setdefault((layer_pattern(name)[0], trace.shapes[name]), []).append(name)
-        listing = "\n  ".join(
-            f"{names[0]} {shape}" if len(names) == 1 else f"{pattern} {shape} × {len(names)}"
-            for (pattern, shape), names in alike.items()
-        )
-        raise RoleError(
-            f"{model_class.__name__} has {len(unknown)} parameters whose role cannot be told:\n  {listing}\n"
-            "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
-            "model's __init__), remove them, or give them a role with moe_param.register_adapter("
-            f"{config.get_text_config().model_type!r}, {{'roles': {{pattern of the name in its layer: role}}}})."
-        )
+        raise _unknown_roles(model_class, config, {name: trace.shapes[name] for name in unknown})
     kinds = reader.kinds(parameters, config)
     constant = tuple(router.experts for router in trace.routers if router.constant)
     routers = tuple(sorted(reader.routers))
     return Structure(model_class, measure(model, trace), parameters, routers, kinds, reader.gaps(), constant)
+
+
+def _unknown_roles(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> RoleError:
+    alike: dict[Any, list[str]] = {}
+    for name, shape in shapes.items():
+        alike.setdefault((layer_pattern(name)[0], shape), []).append(name)
+    listing = "\n  ".join(
+        f"{names[0]} {shape}" if len(names) == 1 else f"{pattern} {shape} × {len(names)}"
+        for (pattern, shape), names in alike.items()
+    )
+    return RoleError(
+        f"{model_class.__name__} has {len(shapes)} parameters whose role cannot be told:\n  {listing}\n"
+        "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
+        "model's __init__), remove them, or give them a role with moe_param.register_adapter("
+        f"{config.get_text_config().model_type!r}, {{'roles': {{pattern of the name in its layer: role}}}})."
+    )
 
 
 def check_routers(structure: Structure, which: str) -> None:
@@ -137,6 +146,8 @@ def layer_pattern(name: str) -> tuple[str, int | None]:
 
 
 class _Reader:
+    """Names, modules and observations of one model, and the questions that decide roles."""
+
     def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
         self.trace = trace
         self.adapter = adapter_for(model.config)
@@ -144,64 +155,50 @@ class _Reader:
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
         self.stack, layers = find_layers(model)
         self.depth = len(layers)
-        self.experts = [name for name, module in self.modules.items() if is_experts(module)]
-        self.blocks = {name.rpartition(".")[0] for name in self.experts}
-        self.routers = {r.module for r in trace.routers if r.module is not None}
-        if len(self.routers) < len(trace.routers):
-            lost = [r.experts for r in trace.routers if r.module is None]
-            raise StructureError(f"no module hands its indices to the experts {lost}: no router was found")
         self.names = {id(p): name for name, p in model.named_parameters()}
         head = model.get_output_embeddings()
         self.head = self.names.get(id(getattr(head, "weight", None)))
         self.tied = self.head in trace.embeddings
         self.input_embedding = self.names.get(id(getattr(model.get_input_embeddings(), "weight", None)))
-        self.closers = {name for branch in trace.branches for name in branch.closers}
         # The last matrices of a branch, also where a norm closes it.
+        self.closers = {name for branch in trace.branches for name in branch.closers}
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
-        self.queries = {
-            name: attention for attention in trace.attentions for name in attention.query if name not in attention.key
-        }
+        self.queries = {n: a for a in trace.attentions for n in a.query if n not in a.key}
         self.keys = {name for attention in trace.attentions for name in attention.key}
-        self.unnormalized = {r.experts for r in trace.routers if not r.normalized}
+        self.attention_blocks = {self.holding_matrices(a.module, a.layer) for a in trace.attentions}
+        self.routers = {router.module for router in trace.routers}
+        apart = {router.module for router in trace.routers if not f"{router.experts}.".startswith(f"{router.module}.")}
+        self.routing = {n for n in trace.shapes if any(n.startswith(module + ".") for module in apart)}
+        self.routing |= {n for router in trace.routers for n in router.weights if n.startswith(router.module + ".")}
+        experts = [name for name, module in self.modules.items() if is_experts(module)]
+        self.blocks = {name.rpartition(".")[0] for name in (*experts, *(router.experts for router in trace.routers))}
+        mlps = [router for router in trace.routers if router.mixes == "mlp"]
+        self.experts = {name: "expert_up" for router in mlps for name in router.up}
+        self.experts |= {name: "expert_down" for router in mlps for name in router.down}
+        self.unnormalized = {name for router in mlps if not router.normalized for name in router.down}
 
-    # -- roles -------------------------------------------------------------------------------------------------
+    # -- roles: the first question that has an answer decides ---------------------------------------------------
     def role(self, name: str) -> str | None:
-        owner, _, leaf = name.rpartition(".")
-        if not self.trainable[name]:
-            numel = 1
-            for size in self.trace.shapes[name]:
-                numel *= size
-            counts = {int(self.modules[e].num_experts) for e in self.experts}  # type: ignore[arg-type]
-            in_block = any(name.startswith(block + ".") for block in self.blocks)
-            return "selection_bias" if in_block and numel in counts else "frozen"
+        return next((role for ask in _QUESTIONS if (role := ask(self, name)) is not None), None)
+
+    def untrained(self, name: str) -> str | None:
+        if self.trainable[name]:
+            return None
+        counts = {router.num_experts for router in self.trace.routers}
+        in_block = any(name.startswith(block + ".") for block in self.blocks)
+        return "selection_bias" if in_block and math.prod(self.trace.shapes[name]) in counts else "frozen"
+
+    def table(self, name: str) -> str | None:
         if name in self.trace.embeddings:
             return "embedding"
-        if name == self.head:
-            return "unembedding"
-        if self.bias_of(name) is not None:
-            return "bias"
-        if name in self.trace.gains:
-            return self.norm_role(name)
-        if owner in self.experts:
-            return "expert_down" if leaf.startswith("down") else "expert_up"
-        for pattern, role in self.adapter.roles.items():
-            if re.fullmatch(pattern, self.relative(name)):
-                return role
-        if name not in self.trace.used:
-            return None
-        if name not in self.trace.fan_in:
-            return "other"  # vectors of a mixer: sinks, decays, scales
-        if any(name.startswith(router + ".") for router in self.routers):
-            return "router"
-        end = name in self.ends
-        if self.in_attention(name):
-            return "attention_out" if end else "attention_in"
-        if self.in_mlp(name):
-            kind = "shared" if self.beside_experts(name) else "dense"
-            return f"{kind}_down" if end else f"{kind}_up"
-        return "other_out" if end else "other"
+        return "unembedding" if name == self.head else None
 
-    def norm_role(self, name: str) -> str:
+    def bias(self, name: str) -> str | None:
+        return "bias" if self.bias_of(name) is not None else None
+
+    def gain(self, name: str) -> str | None:
+        if name not in self.trace.gains:
+            return None
         if name in self.trace.logits_from and self.layer_of(name) is None:
             return "final_norm"
         if name in self.closers:
@@ -210,16 +207,46 @@ class _Reader:
             return "query_norm"
         return "key_norm" if name in self.keys else "norm"
 
+    def expert(self, name: str) -> str | None:
+        return self.experts.get(name) or self.resting_expert(name)
+
+    def resting_expert(self, name: str) -> str | None:
+        """A weight of experts that text does not reach: what those of the same name are that it reaches."""
+        owner, _, leaf = name.rpartition(".")
+        if not is_experts(self.modules[owner]):
+            return None
+        return next((role for other, role in self.experts.items() if other.rpartition(".")[2] == leaf), None)
+
+    def declared(self, name: str) -> str | None:
+        relative = self.relative(name)
+        return next((role for pattern, role in self.adapter.roles.items() if re.fullmatch(pattern, relative)), None)
+
+    def matrix(self, name: str) -> str | None:
+        """By the module it sits in; vectors of a mixer (sinks, decays, scales) are "other"."""
+        if name not in self.trace.used:
+            return None
+        if name not in self.trace.fan_in:
+            return "other"
+        if name in self.routing:
+            return "router"
+        end = name in self.ends
+        if any(name.startswith(block + ".") for block in self.attention_blocks):
+            return "attention_out" if end else "attention_in"
+        if self.in_mlp(name):
+            kind = "shared" if self.beside_experts(name) else "dense"
+            return f"{kind}_down" if end else f"{kind}_up"
+        return "other_out" if end else "other"
+
     def bias_of(self, name: str) -> str | None:
         """The weight a bias belongs to: `x.bias` to `x.weight` (a tied head's to the embedding's weight), an experts
         module's `down_proj_bias` to `down_proj`."""
         owner, _, leaf = name.rpartition(".")
         if leaf == "bias":
             return self.names.get(id(getattr(self.modules[owner], "weight", None)))
-        if owner in self.experts and leaf.endswith("_bias"):
-            return f"{owner}.{leaf.removesuffix('_bias')}"
-        return None
+        weight = name.removesuffix("_bias")
+        return weight if weight != name and weight in self.trace.shapes else None
 
+    # -- where a parameter is ----------------------------------------------------------------------------------
     def layer_of(self, name: str) -> int | None:
         if not name.startswith(self.stack + "."):
             return None
@@ -241,13 +268,10 @@ class _Reader:
             owner = owner.rpartition(".")[0]
         return found
 
-    def in_attention(self, name: str) -> bool:
-        return any(self.is_attention(self.modules[owner]) for owner in self.ancestors(name))
-
-    @staticmethod
-    def is_attention(module: nn.Module) -> bool:
-        """transformers' softmax attention modules carry their logit factor as the float `scaling`."""
-        return isinstance(getattr(module, "scaling", None), float)
+    def holding_matrices(self, module: str, layer: int) -> str:
+        """The innermost module around `module` with a matrix in it: a softmax may be a module of its own."""
+        around = [module, *self.ancestors(module)]
+        return next((m for m in around if any(n.startswith(m + ".") for n in self.trace.fan_in)), module)
 
     def in_mlp(self, name: str) -> bool:
         """Whether a matrix sits in a plain MLP: a module of two or three matrices and their biases, no convolution."""
@@ -256,7 +280,7 @@ class _Reader:
             matrices = [n for n in inside if self.bias_of(n) is None]
             if len(matrices) == 1:
                 continue
-            plain = all(n in self.trace.fan_in and n.rpartition(".")[0] not in self.experts for n in matrices)
+            plain = all(n in self.trace.fan_in and n not in self.experts for n in matrices)
             convolution = any(isinstance(m, nn.Conv1d) for m in self.modules[owner].modules())
             return plain and not convolution and len(matrices) <= 3
         return False
@@ -269,21 +293,9 @@ class _Reader:
     def info(self, name: str, role: str) -> Info:
         trace, layer = self.trace, self.layer_of(name)
         weight = self.bias_of(name)
-        sites = set()
-        if name in self.closers:
-            sites.add("residual_branch")
-        if name in trace.logits_from if self.tied or self.head is None else name == self.head:
-            sites.add("logits")
-        if name in self.queries:
-            sites.add("attention_logits")
-        if (weight or name).rpartition(".")[0] in self.unnormalized and (weight or name).endswith("down_proj"):
-            sites.add("unnormalized_gates")
-        attention = self.queries.get(name)
-        scaling = next(
-            (float(m.scaling) for o in self.ancestors(name) if self.is_attention(m := self.modules[o])),  # type: ignore[arg-type]
-            None,
-        )
         owner = self.modules[name.rpartition(".")[0]]
+        sites = self.sites(name)
+        attention = self.queries.get(name)
         return Info(
             role=role,
             shape=trace.shapes[name],
@@ -294,14 +306,25 @@ class _Reader:
             offset=name in trace.offset_gains,
             layer=layer,
             relative=self.relative(name),
-            sites=frozenset(sites),
+            sites=sites,
             head_dim=attention.head_dim if attention else None,
-            scaling=scaling,
+            scaling=attention.scaling if attention else None,
             padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
             undo=self.undo(name, role, sites),
         )
 
-    def undo(self, name: str, role: str, sites: set[str]) -> Mapping[str, float]:
+    def sites(self, name: str) -> frozenset[str]:
+        """The forward multipliers that stand before or behind a parameter."""
+        before_logits = name in self.trace.logits_from if self.tied or self.head is None else name == self.head
+        at = {
+            "residual_branch": name in self.closers,
+            "logits": before_logits,
+            "attention_logits": name in self.queries,
+            "unnormalized_gates": (self.bias_of(name) or name) in self.unnormalized,
+        }
+        return frozenset(site for site, here in at.items() if here)
+
+    def undo(self, name: str, role: str, sites: frozenset[str]) -> Mapping[str, float]:
         """The family's own factor on this parameter. One on the input embedding is taken back there; where that is
         also the output head, the final norm makes up for it."""
         own = self.adapter.own_factors
@@ -316,6 +339,9 @@ class _Reader:
             return None
         seen = getattr(self.trace, which).get(name)
         shape = self.trace.shapes[name]
+        if which == "fan_out" and name in self.experts:  # of one expert, also where one product is over all of them
+            copies = self.trace.stacked.get(name, shape[0] if len(shape) == 3 else 1)
+            return math.prod(shape) // (copies * self.trace.fan_in[name])
         if seen is not None or name in self.trace.used or len(shape) < 2:
             return seen
         # never run: (…, out, in), or (experts, in, out) where experts are transposed
@@ -333,38 +359,54 @@ class _Reader:
 
     def gaps(self) -> dict[str, str]:
         """Sites whose forward multiplier cannot be folded; an error only if the ratio of that axis is not 1."""
-        gaps = {}
-        if not self.trace.plain_residual and self.adapter.residual is None:
-            gaps["residual_branch"] = "the residual connection is not a plain identity"
-        broken = [b for b in self.trace.branches if not b.homogeneous]
-        if broken:
-            layers = sorted({b.layer for b in broken})
-            gaps["residual_branch"] = f"no weight scales the output of a branch in layers {layers}"
-        silent = set(range(self.depth)) - {b.layer for b in self.trace.branches}
-        if silent:
-            gaps["residual_branch"] = f"no addition to the residual stream was seen in layers {sorted(silent)}"
-        uses = Counter(name for branch in self.trace.branches for name in branch.closers)
+        why = {
+            "residual_branch": self.residual_gap(),
+            "logits": self.logits_gap(),
+            "attention_logits": self.query_gap(),
+        }
+        return {site: reason for site, reason in why.items() if reason is not None}
+
+    def residual_gap(self) -> str | None:
+        if "depth" in self.adapter.refuse:
+            return self.adapter.refuse["depth"]
+        branches = self.trace.branches
+        uses = Counter(name for branch in branches for name in branch.closers)
         shared = sorted(name for name, count in uses.items() if count > 1)
         if shared:
-            gaps["residual_branch"] = f"these weights close several branches: {shared}"
+            return f"these weights close several branches: {shared}"
+        silent = set(range(self.depth)) - {b.layer for b in branches}
+        if silent:
+            return f"no addition to the residual stream was seen in layers {sorted(silent)}"
+        broken = sorted({b.layer for b in branches if not b.homogeneous})
+        if broken:
+            return f"no weight scales the output of a branch in layers {broken}"
+        if not self.trace.plain_residual and self.adapter.residual is None:
+            return "the residual connection is not a plain identity"
+        return None
+
+    def logits_gap(self) -> str | None:
         if self.tied and not self.trace.logits_from:
-            gaps["logits"] = "tied embeddings, and no final norm in front of them whose gain could take the factor"
-        seen = {attention.layer for attention in self.trace.attentions}
-        missed = sorted(
-            {
-                layer
-                for name, module in self.modules.items()
-                if self.is_attention(module) and (layer := self.layer_of(name + ".")) is not None and layer not in seen
-            }
-        )
-        if missed:
-            gaps["attention_logits"] = f"no queries were seen in the attention of layers {missed}"
-        if "head_dim" in self.adapter.refuse:
-            gaps["attention_logits"] = self.adapter.refuse["head_dim"]
-        fused = sorted({a.layer for a in self.trace.attentions if set(a.query) & set(a.key)})
-        if fused and "attention_logits" not in gaps:
-            gaps["attention_logits"] = f"one weight makes queries and keys in layers {fused}"
+            return "tied embeddings, and no final norm in front of them whose gain could take the factor"
+        return None
+
+    def query_gap(self) -> str | None:
         mute = sorted({a.layer for a in self.trace.attentions if not a.query})
         if mute:
-            gaps["attention_logits"] = f"no weight scales the queries of layers {mute}"
-        return gaps
+            return f"no weight scales the queries of layers {mute}"
+        if "head_dim" in self.adapter.refuse:
+            return self.adapter.refuse["head_dim"]
+        fused = sorted({a.layer for a in self.trace.attentions if set(a.query) & set(a.key)})
+        if fused:
+            return f"one weight makes queries and keys in layers {fused}"
+        return None
+
+
+_QUESTIONS: tuple[Callable[[_Reader, str], str | None], ...] = (
+    _Reader.untrained,
+    _Reader.declared,
+    _Reader.table,
+    _Reader.bias,
+    _Reader.gain,
+    _Reader.expert,
+    _Reader.matrix,
+)

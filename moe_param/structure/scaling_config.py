@@ -13,8 +13,10 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.structure.adapters import adapter_for
+from moe_param.structure.dispatch import find_layers, is_experts
+from moe_param.structure.observations import Trace
 from moe_param.structure.shape import Shape, ShapeError, measure
-from moe_param.structure.trace import Trace, find_layers, is_experts, model_class_for, shared_trace
+from moe_param.structure.trace import model_class_for, shared_trace
 
 RECORDS = "moe_param"
 """What the names of all entries begin with that this package writes into the config of a model."""

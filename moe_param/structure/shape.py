@@ -11,7 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import nearest
-from moe_param.structure.trace import StructureError, Trace, find_layers, is_experts, model_class_for, shared_trace
+from moe_param.structure.dispatch import find_layers
+from moe_param.structure.observations import StructureError, Trace
+from moe_param.structure.trace import model_class_for, shared_trace
 
 AXES = ("width", "depth", "num_experts", "expert_size")
 """What is scaled one at a time."""
@@ -138,15 +140,9 @@ def measure(model: PreTrainedModel, trace: Trace) -> Shape:
 
 def _experts(model: PreTrainedModel, trace: Trace) -> dict[str, int]:
     """`OF_EXPERTS` of a traced model, of a dense one nothing."""
-    routers = {router.experts: router for router in trace.routers}
-    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
-    if not experts:
+    seen = {(router.num_experts, router.top_k, router.size) for router in trace.routers if router.mixes == "mlp"}
+    if not seen:
         return {}
-    seen = set()
-    for name, module in experts.items():
-        if name in routers:
-            count: Any = module.num_experts
-            seen.add((int(count), routers[name].top_k, trace.fan_in[f"{name}.down_proj"]))
     if len(seen) != 1:
         raise StructureError(
             f"the experts of {type(model).__name__} have no common (num_experts, top_k, expert_size): {sorted(seen)}"

@@ -13,11 +13,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import InputError
 from moe_param.structure.adapters import adapter_for
+from moe_param.structure.observations import StructureError
 from moe_param.structure.regime import CROSSOVER, Regime, regime
 from moe_param.structure.roles import Structure, check_routers, read_structure
 from moe_param.structure.scaling_config import Attributes, repeat_layers, scale_config
 from moe_param.structure.shape import Shape, ShapeError
-from moe_param.structure.trace import StructureError, model_class_for, shared_trace
+from moe_param.structure.trace import model_class_for, shared_trace
 
 CONTEXT = 4096
 """Tokens of a training sequence, for the cost of attention, where nothing else is said."""

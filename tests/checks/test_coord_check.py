@@ -16,7 +16,7 @@ from moe_param.checks.measure import expert_activations
 from moe_param.checks.verdicts import GROW, Slope, fit, judge
 from moe_param.errors import InputError
 from moe_param.scaling.spec import ScalingSpec
-from moe_param.structure.trace import is_experts
+from moe_param.structure.dispatch import is_experts
 from tests.models import build, tiny_config, tokens
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}

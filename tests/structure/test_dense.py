@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 import moe_param
 from moe_param import ParameterizationError
 from moe_param.structure.adapters import Adapter, adapters
-from moe_param.structure.trace import find_layers
+from moe_param.structure.dispatch import find_layers
 from tests.models import DENSE, KeepDouble, build, classes, families, tiny_config, tokens
 from tests.structure.test_families import closers, offsets, real_model, scaled, stream, structure_of
 

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from moe_param import Shape, ShapeError, scale_config
-from moe_param.structure.trace import find_layers, is_experts
+from moe_param.structure.dispatch import find_layers, is_experts
 from tests.models import CORE, build, tiny_config, tokens
 
 # What a family calls its sizes, from its configuration file: experts, top_k, expert size, then what scales with width

@@ -1,0 +1,419 @@
+"""What each operation of torch makes of the flows of its arguments: a table, operation → handler.
+
+To teach a new operation, write a function of one `Call` that returns the flow of the result, under
+`@operation("its name", …)`; `tests/structure/test_operations.py` shows how to try it on two tensors. An operation
+without a handler is an error where its arguments carry something that matters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
+
+from moe_param.structure.flow import (
+    Activation,
+    Degrees,
+    Flow,
+    Origin,
+    Probabilities,
+    Scores,
+    Stream,
+    Weight,
+    activation_sum,
+    power,
+    product,
+    together,
+    weight_sum,
+)
+from moe_param.structure.observations import Attention, Branch, Choice, Trace
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation, seen while the model runs.
+
+    op: its name without the underscore of the in-place form. args: as torch dispatches them. known: the flows of those
+    tensors among them that have one; at least one. flow: that of a single argument. trace: where observations go.
+    layer, module: the decoder layer (−1 before the first) and the innermost module that are running.
+    """
+
+    op: str
+    args: tuple[Any, ...]
+    known: tuple[Flow, ...]
+    flow: Callable[[Any], Flow | None]
+    trace: Trace
+    layer: int = -1
+    module: str = ""
+    normed_stream: bool = False
+
+    def at(self, index: int) -> Flow | None:
+        return self.flow(self.args[index]) if len(self.args) > index else None
+
+
+Handler = Callable[[Call], Flow]
+HANDLERS: dict[str, Handler] = {}
+
+
+def operation(*names: str) -> Callable[[Handler], Handler]:
+    def register(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(names, handler))
+        return handler
+
+    return register
+
+
+class UnknownOperation(Exception):
+    """An operation no handler is registered for, on arguments that carry something that matters."""
+
+
+def result_of(call: Call) -> Flow:
+    """The flow of an operation's result.
+
+    Raises:
+        UnknownOperation: no handler, and a parameter or the residual stream would be lost track of.
+    """
+    handler = HANDLERS.get(call.op)
+    if handler is not None:
+        return handler(call)
+    if any(f.degrees or isinstance(f, Stream) for f in call.known):
+        raise UnknownOperation(
+            f"the operation {call.op!r} in {call.module or 'the model'} is not known to moe_param, so what it does to "
+            f"{', '.join(sorted({n for f in call.known for n in f.names})) or 'the residual stream'} cannot be told: "
+            "add a handler to moe_param/structure/operations.py"
+        )
+    return nonlinear(call)
+
+
+# -- sums and rearrangements -----------------------------------------------------------------------------------------
+@operation(
+    *("transpose", "t", "permute", "movedim", "expand", "slice"),
+    *("select", "split", "split_with_sizes", "unbind", "chunk", "clone", "_to_copy", "alias", "detach", "index"),
+    *("gather", "index_select", "masked_select", "take_along_dim", "unsqueeze", "squeeze", "repeat", "roll", "flip"),
+    *("constant_pad_nd", "triu", "tril", "contiguous", "neg", "abs", "unfold", "as_strided", "repeat_interleave"),
+    *("lift_fresh", "lift_fresh_copy", "view_as_complex", "view_as_real", "_conj", "diagonal", "view_copy"),
+    *("expand_copy", "sort", "mean", "native_dropout"),
+    *("sub", "rsub", "cat", "stack", "where", "index_add", "scatter_add", "scatter", "scatter_reduce", "masked_fill"),
+    *("masked_scatter", "copy", "index_put", "slice_scatter", "select_scatter", "as_strided_scatter", "lerp"),
+)
+def combine(call: Call) -> Flow:
+    """The result is a sum of the arguments, or one of them, possibly rearranged."""
+    if all(isinstance(f, Weight) for f in call.known):
+        return weight_sum([f for f in call.known if isinstance(f, Weight)], offset=False)
+    streams = [f for f in call.known if isinstance(f, Stream)]
+    if not streams:
+        return call.known[0] if len(call.known) == 1 else activation_sum(call.known)
+    origin = reduce(Origin.__or__, (f.origin for f in call.known if isinstance(f, Activation)))
+    if len(streams) < len(call.known):  # joined with something else
+        return Activation(origin=origin)
+    return Stream(origin=origin, scaled=any(f.scaled for f in streams))
+
+
+@operation("view", "_unsafe_view", "reshape", "_reshape_alias")
+def view(call: Call) -> Flow:
+    """A matrix that is viewed as a stack of matrices may hold one per expert."""
+    flow, sizes = call.known[0], call.args[1]
+    if isinstance(flow, Weight) and call.args[0].dim() == 2 and len(sizes) == 3:
+        rows, columns = call.args[0].shape
+        call.trace.stacked.update(dict.fromkeys(flow.names, int(rows * columns // (sizes[1] * sizes[2]))))
+    return combine(call)
+
+
+@operation("add")
+def add(call: Call) -> Flow:
+    """Additions to the residual stream are branches; a constant added to a parameter makes it an offset gain."""
+    if all(isinstance(f, Weight) for f in call.known):
+        shifted = any(isinstance(a, (int, float)) and a != 0 for a in call.args[:2])
+        return weight_sum([f for f in call.known if isinstance(f, Weight)], offset=shifted)
+    streams = [f for f in call.known if isinstance(f, Stream)]
+    if not streams:
+        return combine(call)
+    for flow in call.known:
+        if not isinstance(flow, Stream):
+            homogeneous = bool(flow.degrees) and all(degree == 1.0 for _, degree in flow.degrees)
+            inner = flow.inner if isinstance(flow, Activation) else ()
+            call.trace.branches.append(Branch(call.layer, flow.names, inner, homogeneous))
+    return Stream(scaled=any(f.scaled for f in streams))
+
+
+@operation("sum", "cumsum")
+def total(call: Call) -> Flow:
+    flow = combine(call)
+    return flow.through(call.op, *_over_one(call)) if isinstance(flow, Activation) else flow
+
+
+# -- products --------------------------------------------------------------------------------------------------------
+@operation("mul")
+def multiply(call: Call) -> Flow:
+    a, b = call.at(0), call.at(1)
+    if a is None or b is None:
+        return _times_constant(call.known[0], call.args[1 if b is None else 0])
+    if isinstance(a, Weight) and isinstance(b, Weight):
+        return Weight(product(a.degrees, b.degrees), offset=a.offset or b.offset)
+    if isinstance(a, Weight) or isinstance(b, Weight):
+        return _gain(call, *_weight_and_activation(a, b))
+    return _factors(call, a, b)
+
+
+@operation("div")
+def divide(call: Call) -> Flow:
+    a, b = call.at(0), call.at(1)
+    if b is None:
+        by = call.args[1]
+        return _times_constant(call.known[0], 1 / by if isinstance(by, (int, float)) and by else by)
+    inverse = _power(b, -1.0, "reciprocal")
+    if a is None:
+        return inverse
+    if isinstance(b, Weight):
+        return multiply(replace(call, args=(a, inverse), flow=lambda flow: flow))
+    if isinstance(a, Weight):
+        return Activation(product(a.degrees, b.degrees, -1.0), inner=b.inner, origin=b.origin)
+    call.trace.factors |= {a.origin, b.origin}
+    return _normalized(a, b, -1.0)
+
+
+@operation("mm", "bmm", "mv", "dot", "_grouped_mm", "addmm", "baddbmm", "addbmm", "addmv", "convolution")
+def contract(call: Call) -> Flow:
+    """A sum over products. The first argument of addmm and its kin is a bias; a convolution's is its third."""
+    biased = call.op in ("addmm", "baddbmm", "addbmm", "addmv")
+    left, right = call.args[1:3] if biased else call.args[:2]
+    bias = call.at(0) if biased else (call.at(2) if call.op == "convolution" else None)
+    a, b = call.flow(left), call.flow(right)
+    if a is None or b is None:
+        known = a or b or bias
+        assert known is not None
+        return known.plain() if isinstance(known, Stream) else _times_constant(known, None)
+    if isinstance(a, Weight) and isinstance(b, Weight):
+        return Weight(product(a.degrees, b.degrees), offset=a.offset or b.offset)
+    if isinstance(a, Activation) and isinstance(b, Activation):
+        return _attention(call, a, b, int(left.shape[-1]))
+    weight, activation = _weight_and_activation(a, b)
+    _record_product(call, weight, activation, _fans(call.op, left, right, isinstance(a, Weight)))
+    if not weight.degrees:  # a weight behind a nonlinearity (a gate, a decay): a constant for our purpose
+        return activation.plain()
+    degrees = together(weight.degrees, bias.degrees) if isinstance(bias, Weight) else weight.degrees
+    return Activation(degrees, activation.degrees, origin=Origin(frozenset(weight.names)))
+
+
+def _weight_and_activation(a: Flow, b: Flow) -> tuple[Weight, Activation]:
+    if isinstance(a, Weight):
+        assert isinstance(b, Activation)
+        return a, b
+    assert isinstance(b, Weight)
+    return b, a
+
+
+def _times_constant(flow: Flow, constant: Any) -> Flow:
+    if isinstance(flow, Weight):
+        return Weight(flow.degrees)
+    if isinstance(flow, Stream):
+        return Stream(origin=flow.origin, scaled=True)
+    return replace(flow, factor=flow.factor * constant) if isinstance(constant, (int, float)) else flow
+
+
+def _gain(call: Call, weight: Weight, activation: Activation) -> Flow:
+    """A weight times an activation, elementwise: the gain of a norm where the activation has just been normalized."""
+    if activation.normalized:
+        call.trace.gains.update(weight.names)
+        if weight.offset:
+            call.trace.offset_gains.update(weight.names)
+    if isinstance(activation, Stream):
+        return replace(activation, degrees=weight.degrees, scaled=True)
+    return activation.times(weight.degrees) if weight.degrees else activation.plain()
+
+
+def _factors(call: Call, a: Activation, b: Activation) -> Activation:
+    """Two activations, elementwise."""
+    mixed = _mixed_stream(call, a, b)
+    if mixed is not None:
+        return mixed
+    return _normalized(a, b, 1.0) if set(a.names) & set(b.names) else _led(call, a, b)
+
+
+def _mixed_stream(call: Call, a: Activation, b: Activation) -> Stream | None:
+    """Streams that are mixed by activations (hyper-connections) stay streams; one that is normalized does not, but
+    where a family's residual is the normalized stream itself."""
+    call.trace.factors |= {a.origin, b.origin}
+    if isinstance(a, Stream) == isinstance(b, Stream):
+        return None
+    factor = b if isinstance(a, Stream) else a
+    normalizes = "rsqrt" in factor.origin.passed
+    if factor.degrees or (normalizes and not call.normed_stream):
+        return None
+    return Stream(origin=Origin(passed=frozenset({"rsqrt"} if normalizes else ())), scaled=True)
+
+
+def _normalized(a: Activation, b: Activation, sign: float) -> Activation:
+    """A normalization: the degrees of what an activation is divided by cancel its own."""
+    degrees = product(a.degrees, b.degrees, sign)
+    inner = a.inner + b.inner if degrees else a.names + a.inner
+    return Activation(degrees, inner=inner, origin=a.origin | b.origin)
+
+
+def _led(call: Call, a: Activation, b: Activation) -> Activation:
+    """Linear in each factor, so that either's degrees will do; matrices come before scales."""
+    lead = max((a, b), key=lambda f: max((len(call.trace.shapes[n]) for n in f.names), default=0))
+    return Activation(lead.degrees, lead.upstream, lead.inner, a.origin | b.origin)
+
+
+def _attention(call: Call, a: Activation, b: Activation, contracted: int) -> Activation:
+    """Two activations, summed over: queries and keys, probabilities and values, or states of other mixers."""
+    mixed = _mixed_stream(call, a, b)
+    if mixed is not None:
+        return mixed
+    found = _normalized(a, b, 1.0) if set(a.names) & set(b.names) else _led(call, a, b)
+    probabilities = next((f for f in (a, b) if isinstance(f, Probabilities)), None)
+    if probabilities is not None:
+        seen = call.trace.attentions[probabilities.attention]
+        values = (b if probabilities is a else a).names
+        call.trace.attentions[probabilities.attention] = replace(seen, value=seen.value + values)
+        return found
+    scores = replace(found, factor=a.factor * b.factor)
+    return Scores(**vars(scores), query=a.names, key=b.names, head_dim=contracted)
+
+
+def _record_product(call: Call, weight: Weight, activation: Activation, fans: tuple[int, int]) -> None:
+    trace = call.trace
+    for name in weight.names:
+        trace.fan_in.setdefault(name, fans[0])
+        trace.fan_out.setdefault(name, fans[1])
+        trace.feeds[name] = trace.feeds.get(name, frozenset()) | activation.origin.weights
+
+
+def _fans(op: str, left: Any, right: Any, weight_left: bool) -> tuple[int, int]:
+    """(fan_in, fan_out) of the weight: the size summed over, and the size that comes out of it."""
+    weight = left if weight_left else right
+    if op == "convolution":  # (C_out, C_in / groups, *kernel)
+        return math.prod(int(size) for size in weight.shape[1:]), int(weight.shape[0])
+    if weight.dim() == 1:
+        return int(weight.shape[-1]), 1
+    sizes = (weight.shape[-1], weight.shape[-2]) if weight_left else (weight.shape[-2], weight.shape[-1])
+    return int(sizes[0]), int(sizes[1])
+
+
+# -- norms and powers ------------------------------------------------------------------------------------------------
+_NORMS = {"native_layer_norm": (2, 3), "_fused_rms_norm": (2, None), "native_group_norm": (1, 2)}
+"""Operation -> positions of gain and bias among its arguments."""
+
+
+@operation(*_NORMS)
+def norm(call: Call) -> Flow:
+    flow = call.known[0]
+    if isinstance(flow, Weight):
+        return Weight()
+    gain_at, bias_at = _NORMS[call.op]
+    gain, bias = call.at(gain_at), call.at(bias_at) if bias_at is not None else None
+    inner = flow.names + flow.inner
+    if not isinstance(gain, Weight):
+        return Activation(inner=inner, origin=flow.origin.through("rsqrt"))
+    call.trace.gains.update(gain.names)
+    if gain.offset:
+        call.trace.offset_gains.update(gain.names)
+    degrees: Degrees = together(gain.degrees, bias.degrees) if isinstance(bias, Weight) else gain.degrees
+    return Activation(degrees, inner=inner, origin=flow.origin)
+
+
+@operation("pow")
+def raised(call: Call) -> Flow:
+    exponent = call.args[1]
+    return _power(call.known[0], float(exponent), "pow") if isinstance(exponent, (int, float)) else nonlinear(call)
+
+
+_ROOTS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "square": 2.0}
+
+
+@operation(*_ROOTS)
+def root(call: Call) -> Flow:
+    return _power(call.known[0], _ROOTS[call.op], call.op)
+
+
+def _power(flow: Flow, exponent: float, op: str) -> Flow:
+    degrees = power(flow.degrees, exponent)
+    if isinstance(flow, Weight):
+        return Weight(degrees)
+    return Activation(degrees, origin=flow.origin.through("rsqrt" if exponent == -0.5 else op))
+
+
+@operation("linalg_vector_norm")
+def length(call: Call) -> Flow:
+    flow = call.known[0]
+    return flow if isinstance(flow, Weight) else flow.plain()
+
+
+# -- lookups, choices, softmax ---------------------------------------------------------------------------------------
+@operation("embedding")
+def embedding(call: Call) -> Flow:
+    table = call.known[0]
+    call.trace.embeddings.update(table.names)
+    return Activation(table.degrees)
+
+
+@operation("topk")
+def topk(call: Call) -> Flow:
+    _record_choice(call, call.args[2] if len(call.args) > 2 else -1, call.args[1])
+    return combine(call)
+
+
+@operation("max", "argmax")
+def largest(call: Call) -> Flow:
+    if len(call.args) > 1 and isinstance(call.args[1], int):
+        _record_choice(call, call.args[1], 1)
+    return nonlinear(call)
+
+
+def _record_choice(call: Call, dim: int, count: int) -> None:
+    flow = call.known[0]
+    if isinstance(flow, Activation) and flow.origin.weights:
+        among = int(call.args[0].shape[dim])
+        call.trace.choices.append(Choice(call.layer, call.module, flow.origin.weights, among, int(count)))
+
+
+@operation("_softmax", "_safe_softmax")
+def softmax(call: Call) -> Flow:
+    flow = nonlinear(call)
+    if isinstance(flow, Weight):
+        return flow
+    flow = Activation(origin=flow.origin.through("_softmax", *_over_one(call)))
+    scores = next((f for f in call.known if isinstance(f, Scores)), None)
+    if scores is None:
+        return flow
+    seen = Attention(call.layer, call.module, scores.query, scores.key, scores.head_dim, scores.factor)
+    call.trace.attentions.append(seen)
+    return Probabilities(origin=flow.origin, attention=len(call.trace.attentions) - 1)
+
+
+ONE = "over one"
+"""Mark of a sum or a softmax over a single value: divided by it, or being it, a gate is 1."""
+
+
+def _over_one(call: Call) -> tuple[str, ...]:
+    """Whether `sum(x, dims)` or `_softmax(x, dim)` has nothing to sum over but one value."""
+    dims = call.args[1] if len(call.args) > 1 and call.args[1] is not None else ()
+    dims = (dims,) if isinstance(dims, int) else dims
+    return (ONE,) if dims and all(call.args[0].shape[dim] == 1 for dim in dims) else ()
+
+
+@operation("tanh", "maximum")
+def cap(call: Call) -> Flow:
+    """Scores that are capped are still scores."""
+    scores = call.known[0]
+    flow = nonlinear(call)
+    return replace(scores, degrees=(), upstream=(), inner=()) if isinstance(scores, Scores) else flow
+
+
+# -- nonlinearities --------------------------------------------------------------------------------------------------
+@operation(
+    *("silu", "gelu", "relu", "sigmoid", "softplus", "elu", "leaky_relu", "hardswish", "hardsigmoid", "mish"),
+    *("hardtanh", "log_sigmoid_forward", "glu", "erf", "exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos"),
+    *("clamp", "clamp_min", "clamp_max", "minimum", "min", "amax", "amin", "cummax", "sign", "floor"),
+    *("round", "ceil", "logsumexp", "_log_softmax", "logcumsumexp", "prod", "cumprod", "var", "var_mean", "std"),
+    *("nan_to_num", "linalg_solve_triangular", "linalg_inv_ex", "polar", "bernoulli", "remainder", "threshold"),
+)
+def nonlinear(call: Call) -> Flow:
+    """Ends homogeneity. Of weights alone, the result is still one: a decay, a learned temperature."""
+    activations = [f for f in call.known if isinstance(f, Activation)]
+    if not activations:
+        return Weight()
+    return Activation(origin=reduce(Origin.__or__, (f.origin for f in activations)).through(call.op))
