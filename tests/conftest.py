@@ -27,6 +27,8 @@ SLOW = (
     "scaling/test_scales.py",
     "structure/test_drift.py",
     "structure/test_families.py",
+    "structure/test_fans.py",
+    "structure/test_garbage.py",
     "structure/test_shape.py",
     "structure/test_suggest.py",
     "tuning/test_ledger.py",

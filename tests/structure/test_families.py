@@ -131,6 +131,35 @@ def test_silent_branches_leave_the_residual_stream_alone(family: str) -> None:
     assert not torch.allclose(*changed, atol=1e-3), "the branches were silent to begin with"
 
 
+def inside(structure: Structure) -> list[str]:
+    """Matrices in front of those that close a branch: of mixers without a role those that read one stream, since what
+    mixes several streams is no branch."""
+    roles = ("attention_in", "router", "expert_up", "shared_up", "dense_up")
+    return [
+        name
+        for name, info in structure.parameters.items()
+        if info.role in roles or (info.role == "other" and info.fan_in == structure.shape.width)
+    ]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) & set(NOT_IDENTITY) - {"inkling2", "muse_spark"}))
+def test_nothing_inside_silent_branches_reaches_the_stream(family: str) -> None:
+    """Where the stack is not the identity without its branches, closing them still shuts off all that is in them.
+
+    In inkling2 and muse_spark no weights close the branches: there depth is refused.
+    """
+    _, structure, _, _ = structure_of(family)
+    model = real_model(family)
+    with scaled(model, inside(structure), 3.0, set()):
+        heard = stream(model)
+    assert not torch.allclose(heard[-1][1], stream(model)[-1][1], atol=1e-3), "the branches were silent to begin with"
+    with scaled(model, closers(structure), 0.0, offsets(structure)):
+        silent = stream(model)
+        with scaled(model, inside(structure), 3.0, set()):
+            for (_, before), (_, after) in zip(silent, stream(model), strict=True):
+                assert torch.allclose(before, after, atol=1e-12), family
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(NOT_IDENTITY) - {"zaya"}))
 def test_closing_weights_scale_their_branch(family: str) -> None:
     """With the other branches of a layer silent, what the layer adds scales by c with the weights that close it."""
