@@ -172,7 +172,7 @@ def apply(
     else:
         parameterization = replace(parameterization, seed=None, rules=_rates(model, parameterization.rules, folds))
     record, rules = parameterization.to_dict(), parameterization.rules
-    backend = _choose_experts(model, experts)
+    backend = None if experts == "auto" and parameterization.shape.dense else _choose_experts(model, experts)
     initialize = None
     if write:
         assert seed is not None

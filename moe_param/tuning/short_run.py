@@ -172,7 +172,7 @@ def train(run: ShortRun) -> Outcome:
     """Train, validate."""
     training, validation = blocks_of(run)
     transformers.set_seed(run.seed)
-    model = AutoModelForCausalLM.from_config(config_from(run.config), experts_implementation="grouped_mm")
+    model = AutoModelForCausalLM.from_config(config_from(run.config))
     parameterization = moe_param.apply(
         model,
         config_from(run.base),
@@ -182,6 +182,8 @@ def train(run: ShortRun) -> Outcome:
         seed=run.seed,
         experts=None,
     )
+    if not parameterization.shape.dense:
+        model.set_experts_implementation("grouped_mm")
     groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
     schedule = _schedule(run, optimizer)

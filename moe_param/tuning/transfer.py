@@ -45,10 +45,10 @@ class TransferArguments:
     config: str = field(metadata={"help": CONFIG})
     output_dir: str = field(default="transfer", metadata={"help": "Where transfer.json and transfer.png go."})
     axes: list[str] = field(
-        default_factory=lambda: ["width=4", "depth=4", "num_experts=4", "expert_size=4"],
+        default_factory=list,
         metadata={
             "help": "Targets, as factors of the base: width (expert_size goes with it), depth, num_experts (top_k goes "
-            "with it), expert_size; several with commas, e.g. width=2,depth=2."
+            "with it), expert_size; several with commas, e.g. width=2,depth=2. Default: each there is, times 4."
         },
     )
     specs: list[str] = field(
@@ -72,7 +72,7 @@ class TransferArguments:
             raise InputError(
                 f"octaves are {self.octaves}: a ladder needs three rungs, 0 (the config's rate) among them"
             )
-        for name in ("axes", "specs", "seeds"):
+        for name in ("specs", "seeds"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give at least one, or leave it out")
         if self.workers < 0:
@@ -80,16 +80,12 @@ class TransferArguments:
         self.axes, self.specs = list(dict.fromkeys(self.axes)), list(dict.fromkeys(self.specs))
         self.workers = self.workers or cores()
 
-    @property
-    def ladder(self) -> Ladder:
-        """What is to be run."""
-        return Ladder(tuple(self.specs), tuple(self.axes), tuple(self.octaves), tuple(self.seeds))
-
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that is to be run, checked before the first run."""
 
+    ladder: Ladder
     runs: dict[Run, ShortRun]
     costs: dict[str, int]  # active parameters of the base and every target
     shared: set[str]  # specs that are the first one at the base, which is run once
@@ -103,14 +99,15 @@ class Plan:
 
 
 def targets(base: PretrainedConfig, axes: Sequence[str]) -> dict[str, PretrainedConfig]:
-    """The base and every target, by name."""
-    shape = measure(*trace_model(model_class_for(base), base))
+    """The base and every target, by name; without `axes`, every axis that the base has, times 4."""
+    model_class = model_class_for(base)
+    shape = measure(*trace_model(model_class, base))
     found = {"base": base}
-    for text in axes:
+    for text in axes or [f"{axis}=4" for axis in shape.axes]:
         grown = shape
         for axis, factor in parse_sizes(text, AXES, float, option="--axes").items():
             grown = grown.along(axis, factor)
-        found[text] = moe_param.scale_config(base, **grown.sizes)
+        found[text] = moe_param.scale_config(base, **grown.sizes, model_class=model_class)
     return found
 
 
@@ -148,7 +145,9 @@ def plan_runs(args: TransferArguments) -> Plan:
         if not (target == "base" and spec in shared)
     }
     costs = {name: active_parameters(plans[first, name])[1] for name in configs}
-    return Plan(runs, costs, shared, template.lr)
+    axes = tuple(name for name in configs if name != "base")
+    ladder = Ladder(tuple(args.specs), axes, tuple(args.octaves), tuple(args.seeds))
+    return Plan(ladder, runs, costs, shared, template.lr)
 
 
 def numbers(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
@@ -201,14 +200,14 @@ def transfer(args: TransferArguments, *, command: str) -> dict[str, Any]:
             console=console,
         )
         losses = {run: _loss(done[run.key]) for run in plan.runs}
-        rows = summarize(args.ladder, losses | at_base(losses, args.specs[0], plan.shared))
+        rows = summarize(plan.ladder, losses | at_base(losses, args.specs[0], plan.shared))
         record = {
             **record_of(args, plan, done, command),
             "summary": rows,
             "seconds": round(time.perf_counter() - start, 1),
         }
         (output / "transfer.json").write_text(json.dumps(finite(record), indent=1) + "\n", "utf-8")
-        plot(args.ladder, rows, plan.learning_rate, output / "transfer.png")
+        plot(plan.ladder, rows, plan.learning_rate, output / "transfer.png")
     console.print(table(rows))
     console.print(f"numbers in {output / 'transfer.json'}, picture in {output / 'transfer.png'}")
     return record
@@ -220,7 +219,7 @@ def record_of(
     """What was asked for, what every run gave, and where it ran."""
     return {
         "command": command,
-        "settings": asdict(args),
+        "settings": {**asdict(args), "axes": list(plan.ladder.targets)},
         "learning_rate": plan.learning_rate,
         "tokens": plan.tokens,
         "active_parameters": plan.costs,
