@@ -42,9 +42,10 @@ AHEAD: dict[str, dict[str, dict[str, Any]]] = json.loads((Path(__file__).parent 
 `tests/own_models.py`; `encoder_decoder`; `newer`: of a later transformers), in the format of `ALL_FAMILIES`, each with
 the facts that a reader of its code finds (see tests/test_families_ahead.py). One that can be read moves over there."""
 
+_DENSE = Path(__file__).parent.parent / "recipes" / "evidence" / "coord_check" / "dense_families.json"
 DENSE: dict[str, dict[str, Any]] = {
     name: entry
-    for name, entry in json.loads((Path(__file__).parent / "dense_families.json").read_text()).items()
+    for name, entry in json.loads(_DENSE.read_text()).items()
     if find_spec(entry["module"].rpartition(".")[0]) is not None
 }
 """Decoder-only families without experts that the installed transformers has, in the format of `ALL_FAMILIES`."""

@@ -33,6 +33,14 @@ def test_families_recipe_runs_and_resumes(tmp_path: Path) -> None:
     assert set(rows[0]["checks"]["width/moe-completep"]["slopes"]) >= {"residual", "router_logits", "logits"}
 
 
+def test_families_recipe_checks_dense_families(tmp_path: Path) -> None:
+    command = [*RUN, "--dense", "--out", str(tmp_path), "--families", "gpt2", *SMALLEST]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    assert "| family | width | depth |" in (tmp_path / "families.md").read_text()
+    (row,) = json.loads((tmp_path / "families.json").read_text())["rows"]
+    assert set(row["checks"]["depth/standard"]["slopes"]) >= {"residual", "mlp_output", "logits"}
+
+
 def test_families_recipe_names_unknown_families(tmp_path: Path) -> None:
     done = subprocess.run(
         [*RUN, "--out", str(tmp_path), "--families", "mixtrall"], capture_output=True, text=True, timeout=120

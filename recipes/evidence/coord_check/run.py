@@ -1,8 +1,9 @@
-"""Coordinate checks of every mixture-of-experts family in transformers, at tiny size.
+"""Coordinate checks of every mixture-of-experts family in transformers, or with --dense of dense ones, at tiny size.
 
     python -m recipes.evidence.coord_check.run --out recipes/evidence/coord_check/results
+    python -m recipes.evidence.coord_check.run --dense --out recipes/evidence/coord_check/results/dense
 
-Every family × {width, depth, num_experts, expert_size} × {moe-completep, standard}: what passes, what standard
+Every family × its axes (width, depth, num_experts, expert_size) × {moe-completep, standard}: what passes, what standard
 parameterization does on the same row, and what is refused and why. Interrupt it at any time; it resumes. Results are
 families.json (everything) and families.md (one row per family).
 """
@@ -29,11 +30,12 @@ from moe_param.structure.shape import AXES
 
 SPECS = ("moe-completep", "standard")
 FAMILIES: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "families.json").read_text())
+DENSE: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "dense_families.json").read_text())
 
 
 def tiny(family: str) -> tuple[Any, Any]:
     """(model class, tiny config) of a family."""
-    entry = FAMILIES[family]
+    entry = (FAMILIES | DENSE)[family]
     module = importlib.import_module(entry["module"])
     config_class = getattr(transformers, entry["config_class"], None) or getattr(module, entry["config_class"])
     return getattr(module, entry["model_class"]), config_class(**entry["tiny_config"])
@@ -65,7 +67,7 @@ def check_family(family: str, factors: tuple[int, ...], steps: int, seeds: int, 
     base: Shape = measure(*trace_model(model_class, config))
     found: dict[str, Any] = {}
     started = time.monotonic()
-    for axis in AXES:
+    for axis in base.axes:
         for spec in SPECS:
             left = limit - (time.monotonic() - started)
             try:
@@ -117,6 +119,7 @@ class _deadline:
 
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
     """One row per family: our verdict / standard's verdict per axis, and what is refused."""
+    axes = [axis for axis in AXES if f"{axis}/{SPECS[0]}" in rows[0]["checks"]]
     lines = [
         "# Coordinate checks of all families",
         "",
@@ -125,13 +128,13 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         "Per axis: `moe-completep` / `standard`. ok: passes; the quantity that moves most and its exponent otherwise;",
         "–: refused, with the reason below.",
         "",
-        "| family | " + " | ".join(AXES) + " |",
-        "|---|" + "---|" * len(AXES),
+        "| family | " + " | ".join(axes) + " |",
+        "|---|" + "---|" * len(axes),
     ]
     notes = []
     for row in rows:
         cells = []
-        for axis in AXES:
+        for axis in axes:
             ours, theirs = (_cell(row["checks"][f"{axis}/{spec}"]) for spec in SPECS)
             cells.append(f"{ours} / {theirs}")
             refused = row["checks"][f"{axis}/{SPECS[0]}"].get("refused")
@@ -139,7 +142,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
                 notes.append(f"- {row['family']}, {axis}: {refused}")
         lines.append(f"| {row['family']} | " + " | ".join(cells) + " |")
     totals = ["passes"]
-    for axis in AXES:
+    for axis in axes:
         counts = [sum(bool(r["checks"][f"{axis}/{spec}"].get("passed")) for r in rows) for spec in SPECS]
         totals.append(f"{counts[0]} / {counts[1]} of {len(rows)}")
     lines.append("| **" + "** | **".join(totals) + "** |")
@@ -160,16 +163,19 @@ def _cell(check: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/coord_check"))
-    parser.add_argument("--families", nargs="*", default=sorted(FAMILIES))
+    parser.add_argument("--dense", action="store_true", help="families without experts")
+    parser.add_argument("--families", nargs="*", help="default: all of them")
     parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=int, default=300, help="seconds per family")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    unknown = sorted(set(args.families) - set(FAMILIES))
+    known = DENSE if args.dense else FAMILIES
+    args.families = args.families or sorted(known)
+    unknown = sorted(set(args.families) - set(known))
     if unknown:
-        parser.error(f"unknown families {unknown} (known: {', '.join(sorted(FAMILIES))})")
+        parser.error(f"unknown families {unknown} (known: {', '.join(sorted(known))})")
     args.out.mkdir(parents=True, exist_ok=True)
     settings = (tuple(args.factors), args.steps, args.seeds, args.limit)
     made_with = fingerprint({"settings": settings, "text": "stdlib", "transformers": transformers.__version__})
@@ -185,8 +191,8 @@ def main() -> None:
             append(log, row)
     rows = [done[family] for family in sorted(args.families)]
     command = (
-        f"python -m recipes.evidence.coord_check.run --factors {' '.join(map(str, args.factors))} --steps {args.steps} "
-        f"--seeds {args.seeds}"
+        f"python -m recipes.evidence.coord_check.run {'--dense ' * args.dense}"
+        f"--factors {' '.join(map(str, args.factors))} --steps {args.steps} --seeds {args.seeds}"
     )
     (args.out / "families.md").write_text(markdown(rows, command))
     result = {"command": command, "transformers": transformers.__version__, "torch": torch.__version__, "rows": rows}
