@@ -15,6 +15,7 @@ from typing import Any
 
 from moe_param.errors import MoeParamError
 from moe_param.scaling.spec import SHAPE_DIMENSIONS, ScalingSpec
+from moe_param.structure.adapters import COARSER
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.roles import UNTRAINED, Info, Structure
 
@@ -173,7 +174,7 @@ def _rule(
     if own != 1.0:
         factors = {"own factor": own, **factors}
     multiplier = math.prod(factors.values())
-    own_constants = constants.get(info.role, {})
+    own_constants = {**constants.get(COARSER.get(info.role, ""), {}), **constants.get(info.role, {})}
     std_ratio = ratios.scale(row.init_std) * own_constants.get("init", 1.0)
     lr = ratios.scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
     matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")

@@ -13,8 +13,8 @@ import yaml
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import check_known, nearest
+from moe_param.structure.adapters import COARSER, exponents
 from moe_param.structure.adapters import ROLES as ROLES
-from moe_param.structure.adapters import exponents
 
 SHAPE_DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size")
 """Dimensions that are the same for every parameter of a model."""
@@ -169,6 +169,10 @@ def _build(table: Mapping[str, Any], folder: Path, chain: tuple[Path, ...]) -> S
     rows = _mapping(table.get("roles", {}), ROLES, "role", f"{where}: roles")
     roles = dict(parent.roles) if parent else {}
     roles |= {role: _row(row, f"{where}: {role}", inherited["roles"].get(role, {})) for role, row in rows.items()}
+    for fine, coarse in COARSER.items():
+        own = fine in rows or (parent is not None and parent.roles[fine] != parent.roles[coarse])
+        if not own and coarse in roles:
+            roles[fine] = roles[coarse]
     missing = [role for role in ROLES if role not in roles]
     if missing:
         raise SpecError(f"{where}: no row for {', '.join(missing)}{_EXTENDS}")

@@ -23,6 +23,7 @@ ROLES = (
     "embedding",
     "unembedding",
     "attention_in",
+    "attention_value",
     "attention_out",
     "router",
     "expert_up",
@@ -41,6 +42,9 @@ ROLES = (
     "other_out",
 )
 """Roles of trained parameters: those a scaling table has a row for. `frozen` and `selection_bias` have none."""
+
+COARSER = {"attention_value": "attention_in"}
+"""A finer role -> the one whose row and constants hold for it too, where a table or a user says nothing of it alone."""
 
 _DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim")
 

@@ -115,10 +115,11 @@ class Stream(Activation):
 
 @dataclass(frozen=True)
 class Scores(Activation):
-    """Queries times keys: what both are made of, and the contracted size (head_dim)."""
+    """Queries times keys: what both are made of (normed: in front of their norms), the contracted size (head_dim)."""
 
     query: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
+    normed: tuple[str, ...] = ()
     head_dim: int = 0
 
 

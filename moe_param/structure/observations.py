@@ -32,13 +32,15 @@ class Branch:
 class Attention:
     """One softmax attention: what its queries, keys and values are made of, and the contracted size (head_dim).
 
-    module: the innermost module that was running. scaling: the model's own factor on the products.
+    module: the innermost module that was running. normed: what stands in front of the norms of queries and keys.
+    scaling: the model's own factor on the products.
     """
 
     layer: int
     module: str
     query: tuple[str, ...]
     key: tuple[str, ...]
+    normed: tuple[str, ...]
     head_dim: int
     scaling: float
     value: tuple[str, ...] = ()

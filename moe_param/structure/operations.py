@@ -102,9 +102,11 @@ def combine(call: Call) -> Flow:
     """The result is a sum of the arguments, or one of them, possibly rearranged."""
     if all(isinstance(f, Weight) for f in call.known):
         return weight_sum([f for f in call.known if isinstance(f, Weight)], offset=False)
+    if len(call.known) == 1:
+        return call.known[0]
     streams = [f for f in call.known if isinstance(f, Stream)]
     if not streams:
-        return call.known[0] if len(call.known) == 1 else activation_sum(call.known)
+        return activation_sum(call.known)
     origin = reduce(Origin.__or__, (f.origin for f in call.known if isinstance(f, Activation)))
     if len(streams) < len(call.known):  # joined with something else
         return Activation(origin=origin)
@@ -267,11 +269,12 @@ def _attention(call: Call, a: Activation, b: Activation, contracted: int) -> Act
     probabilities = next((f for f in (a, b) if isinstance(f, Probabilities)), None)
     if probabilities is not None:
         seen = call.trace.attentions[probabilities.attention]
-        values = (b if probabilities is a else a).names
-        call.trace.attentions[probabilities.attention] = replace(seen, value=seen.value + values)
+        values = b if probabilities is a else a
+        value = seen.value + (values.names or values.inner)
+        call.trace.attentions[probabilities.attention] = replace(seen, value=value)
         return found
     scores = replace(found, factor=a.factor * b.factor)
-    return Scores(**vars(scores), query=a.names, key=b.names, head_dim=contracted)
+    return Scores(**vars(scores), query=a.names, key=b.names, normed=a.inner + b.inner, head_dim=contracted)
 
 
 def _record_product(call: Call, weight: Weight, activation: Activation, fans: tuple[int, int]) -> None:
@@ -379,7 +382,7 @@ def softmax(call: Call) -> Flow:
     scores = next((f for f in call.known if isinstance(f, Scores)), None)
     if scores is None:
         return flow
-    seen = Attention(call.layer, call.module, scores.query, scores.key, scores.head_dim, scores.factor)
+    seen = Attention(call.layer, call.module, scores.query, scores.key, scores.normed, scores.head_dim, scores.factor)
     call.trace.attentions.append(seen)
     return Probabilities(origin=flow.origin, attention=len(call.trace.attentions) - 1)
 

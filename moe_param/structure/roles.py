@@ -165,6 +165,8 @@ class _Reader:
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
         self.queries = {n: a for a in trace.attentions for n in a.query if n not in a.key}
         self.keys = {name for attention in trace.attentions for name in attention.key}
+        made = {name for a in trace.attentions for name in (*a.query, *a.key, *a.normed)}
+        self.values = {name for attention in trace.attentions for name in attention.value} - made
         self.attention_blocks = {self.holding_matrices(a.module, a.layer) for a in trace.attentions}
         self.routers = {router.module for router in trace.routers}
         apart = {router.module for router in trace.routers if not f"{router.experts}.".startswith(f"{router.module}.")}
@@ -231,7 +233,7 @@ class _Reader:
             return "router"
         end = name in self.ends
         if any(name.startswith(block + ".") for block in self.attention_blocks):
-            return "attention_out" if end else "attention_in"
+            return "attention_out" if end else "attention_value" if name in self.values else "attention_in"
         if self.in_mlp(name):
             kind = "shared" if self.beside_experts(name) else "dense"
             return f"{kind}_down" if end else f"{kind}_up"

@@ -47,6 +47,7 @@ EXPECTED = {
     "embedding": (-1, 0, 0, 0),
     "unembedding": (-1, 0, 0, 0),
     "attention_in": (-1, -1, 0, 0),
+    "attention_value": (-1, -1, 0, 0),
     "attention_out": (-1, -1, 0, 0),
     "router": (0, -1, -1, 0),
     "expert_up": (0, -1, -1, -1),

@@ -350,3 +350,13 @@ def test_a_table_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(values))
     check(plan("mixtral", MIXTRAL, str(path)), {L0 + "mlp.gate.weight": (S / 2, 1 / 4, 1 / 6, 1)})
+
+
+def test_a_finer_role_takes_the_row_of_the_coarser_one_unless_a_table_gives_it_its_own() -> None:
+    """Values are attention_in where a table knows no better: also in a table that extends one."""
+    own = {"lr": {"width": -0.5}, "source": "γ = 1/2"}
+    coarse = ScalingSpec.load({"name": "m", "source": "s", "extends": "mup", "roles": {"attention_in": own}})
+    assert coarse.roles["attention_value"] == coarse.roles["attention_in"] != ScalingSpec.load("mup").roles["router"]
+    fine = ScalingSpec.load({"name": "m", "source": "s", "extends": "mup", "roles": {"attention_value": own}})
+    assert fine.roles["attention_value"].lr == {"width": -0.5} != fine.roles["attention_in"].lr
+    assert ScalingSpec.from_dict(fine.to_dict()).roles == fine.roles

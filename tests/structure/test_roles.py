@@ -159,9 +159,46 @@ def test_the_attention_logit_weights_scale_the_attention_logits(family: str) -> 
     assert far(expected, plain) > 1e-4
     with scaled(model, at(family, "attention_logits"), 3.0):
         assert far(logits(model), expected) < 1e-10
-    values = {n for n in in_role(family, "attention_in") if "v_proj" in n or "kv_b" in n}
+    values = {n for n in in_role(family, "attention_in", "attention_value") if "v_proj" in n or "kv_b" in n}
     with scaled(model, values, 3.0):
         assert far(logits(model), expected) > 1e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen3_moe"])
+def test_values_are_what_the_attention_averages(family: str) -> None:
+    """Without them attention adds nothing; queries and keys alone leave its probabilities alone, not their mean."""
+    model = double_model(family)
+    values = in_role(family, "attention_value")
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in values} == {"v_proj"}
+    biases = {n for n, info in parameters(family).items() if info.of in values}
+
+    def probabilities(names: set[str], c: float) -> list[torch.Tensor]:
+        with scaled(model, names, c), torch.no_grad(), KeepDouble():
+            return list(model(tokens(batch=2, length=12), output_attentions=True, use_cache=False).attentions)
+
+    first = probabilities(set(), 1.0)[0]
+    assert torch.equal(probabilities(values | biases, 3.0)[0], first)  # of the first layer: nothing is in front of it
+    keys = {n for n in in_role(family, "attention_in") if "k_proj" in n or "q_proj" in n} | in_role(
+        family, "query_norm"
+    )
+    assert far(probabilities(keys, 3.0)[0], first) > 1e-2
+
+
+def test_one_weight_that_makes_keys_and_values_is_no_value() -> None:
+    assert not in_role("deepseek_v3", "attention_value")
+
+
+def test_constants_of_values_are_those_of_attention_in_unless_given() -> None:
+    config = tiny_config("mixtral")
+
+    def rate(name: str, **constants: dict[str, float]) -> float:
+        plan = moe_param.plan(MixtralForCausalLM, config, config, constants=constants)
+        return next(rule.lr for key, rule in plan.rules.items() if name in key)
+
+    assert rate("v_proj", attention_in={"lr": 2.0}) == rate("q_proj", attention_in={"lr": 2.0}) == 2.0
+    both = {"attention_in": {"lr": 2.0}, "attention_value": {"lr": 3.0}}
+    assert (rate("q_proj", **both), rate("v_proj", **both)) == (2.0, 3.0)
+    assert (rate("q_proj", attention_value={"lr": 3.0}), rate("v_proj", attention_value={"lr": 3.0})) == (1.0, 3.0)
 
 
 # -- logits ----------------------------------------------------------------------------------------------------------
