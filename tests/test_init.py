@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import moe_param
 from moe_param import Parameterization, scale_config
 from moe_param.init import BLOCK
-from tests.models import CORE, FAMILIES, build, classes, tiny_config
+from tests.models import CORE, FAMILIES, build, classes, initialized, tiny_config
 
 SOME = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "jamba")
 
@@ -59,7 +59,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 # -- at the base: what transformers does -----------------------------------------------------------------------------
 @pytest.mark.parametrize("family", CORE)
 def test_at_the_base_the_initialization_is_that_of_transformers(family: str) -> None:
-    config = tiny_config(family, initializer_range=0.035)
+    config = tiny_config(initialized(family), initializer_range=0.035)
     theirs = pooled(weights(build(family, config)))
     model = build(family, config, seed=1)
     built = pooled(weights(model))
@@ -87,7 +87,7 @@ def test_at_the_base_the_initialization_is_that_of_transformers(family: str) -> 
 # -- away from it: the law of the rule -------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "ernie4_5_moe"])
 def test_values_follow_their_rule(family: str) -> None:
-    model, parameterization = parameterized(family)
+    model, parameterization = parameterized(initialized(family))
     rules = parameterization.rules
     for name, values in weights(model).items():
         rule = rules[name]

@@ -29,9 +29,13 @@ DESCRIPTION = "What load balancing costs: training steps with LoadBalancer over 
 TARGETS = {"cpu": 1.02, "cuda": GOALS["balancing"].bound}
 
 
-def configs(smallest: bool) -> dict[str, PretrainedConfig]:
+# Width, expert size, batch and length: a step that keeps the device busy.
+SIZES = {"cpu": (256, 128, 8, 128), "cuda": (1024, 512, 8, 1024)}
+
+
+def configs(smallest: bool, device: str) -> dict[str, PretrainedConfig]:
     """8 layers of 64 experts, 8 of them active: one family with a selection bias of its own, one without."""
-    layers, experts, width, hidden = (2, 8, 64, 32) if smallest else (8, 64, 256, 128)
+    layers, experts, width, hidden = (2, 8, 64, 32) if smallest else (8, 64, *SIZES[device][:2])
     same: dict[str, Any] = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -65,7 +69,7 @@ def bench(name: str, config: PretrainedConfig, device: str, smallest: bool, roun
     models = {"without": plain, "without again": copy.deepcopy(plain), "with": copy.deepcopy(plain)}
     optimizers = {key: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True) for key, model in models.items()}
     balancer = LoadBalancer(models["with"], rate=1e-3, inject=name == "injected")
-    ids = torch.randint(config.vocab_size, (2, 16) if smallest else (8, 128), device=device)
+    ids = torch.randint(config.vocab_size, (2, 16) if smallest else SIZES[device][2:], device=device)
 
     def step(key: str) -> None:
         models[key](input_ids=ids, labels=ids).loss.backward()
@@ -74,13 +78,13 @@ def bench(name: str, config: PretrainedConfig, device: str, smallest: bool, roun
         if key == "with":
             balancer.step()
 
+    wait = torch.get_device_module(device).synchronize  # nothing on a CPU
+
     def timed(key: str) -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         step(key)
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return time.perf_counter() - start
 
     measure = {key: partial(timed, key) for key in models}
@@ -128,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     results = []
-    for name, config in configs(arguments.smallest).items():
+    for name, config in configs(arguments.smallest, arguments.device).items():
         rounds = 2 if arguments.smallest else arguments.rounds
         result = bench(name, config, arguments.device, arguments.smallest, rounds)
         result["passed"] = result["ratio"] <= result["target"]

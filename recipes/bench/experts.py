@@ -322,15 +322,12 @@ def goals(case: Case, seconds: dict[str, list[float]], device: str, dtype: torch
 
 def timed(step: Callable[[], None], device: str) -> float:
     """Seconds of one forward and backward; on CUDA the mean of a few, so that starting the first is not counted in."""
-    repeats = 1
-    if device == "cuda":
-        repeats = 3
-        torch.cuda.synchronize()
+    repeats, wait = 3 if device == "cuda" else 1, torch.get_device_module(device).synchronize
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - start) / repeats
 
 
@@ -383,10 +380,11 @@ def providers(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not both:
         return None
     mean = statistics.geometric_mean(of[names[0]]["seconds"] / of[names[1]]["seconds"] for of in both)
+    capability, fastest = tuple(torch.cuda.get_device_capability()), experts.GMM_PROVIDERS[int(mean > 1)]
     return {
         "name": "provider",
-        "capability": list(torch.cuda.get_device_capability()),
-        "fastest": experts.GMM_PROVIDERS[int(mean > 1)],
+        "line": f"moe_param.experts.megablocks.FASTEST[{capability}] = {fastest!r}",
+        "fastest": fastest,
         "torch_over_grouped_gemm": round(mean, 4),
         "cases": len(both),
     }
@@ -518,15 +516,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"{results[-1]['fastest']} is the fastest",
             flush=True,
         )
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # where there is one
     print_tables(results)
     if choice := providers(results):
-        key = tuple(choice["capability"])
-        print(
-            f"moe_param.experts.megablocks.FASTEST[{key}] = {choice['fastest']!r}  # torch / grouped_gemm: "
-            f"{choice['torch_over_grouped_gemm']}"
-        )
+        print(f"{choice['line']}  # torch / grouped_gemm: {choice['torch_over_grouped_gemm']}")
     rows = [*results, choice] if choice else results
     report = bench_report("recipes.bench.experts", argv, arguments.smallest, rows, arguments.out)
     if arguments.out:

@@ -13,7 +13,7 @@ from moe_param import BalanceError, LoadBalancer, RoutingError
 from moe_param.balancing import routing
 from moe_param.balancing.routing import find_routes
 from moe_param.structure.adapters import Adapter, adapter_for
-from tests.models import CORE, FAMILIES, build, tiny_config, tokens
+from tests.models import CORE, FAMILIES, build, routed, tiny_config, tokens
 
 # Why these cannot be balanced; they can be counted.
 REFUSED = {
@@ -73,7 +73,7 @@ def follows(score: Callable[[torch.Tensor], torch.Tensor], out: tuple[torch.Tens
 @pytest.mark.parametrize("family", BALANCED)
 @torch.no_grad()
 def test_a_bias_selects_and_does_nothing_else(family: str) -> None:
-    model = build(family).eval()
+    model = build(routed(family)).eval()
     before = run(model)
     balancer = LoadBalancer(model, rate=0.1, inject=True) if family not in PARTLY else _partly(model)
     assert torch.equal(run(model), before), "a zero bias is no bias"
@@ -117,7 +117,7 @@ INJECTED = sorted(set(CORE) - NATIVE - set(REFUSED))
 @pytest.mark.parametrize("family", INJECTED)
 def test_injection_has_to_be_asked_for(family: str) -> None:
     with pytest.raises(BalanceError, match="inject=True"):
-        LoadBalancer(build(family), rate=0.1)
+        LoadBalancer(build(routed(family)), rate=0.1)
 
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -136,6 +136,7 @@ def test_a_zero_injected_bias_changes_no_gradient(variant: str, precision: str) 
     family, changes = VARIANTS[variant]
     if family not in FAMILIES:
         pytest.skip("not in this transformers")
+    routed(family)
     gradients = []
     for inject in (False, True):
         model = build(family, **changes).train()
@@ -203,7 +204,7 @@ def test_what_is_declared_of_a_gate_is_needed(family: str, monkeypatch: pytest.M
         "topk_method": "group_limited_greedy",
         "num_experts_per_tok": 2,
     }
-    model = build(family, **(grouped if "groups" in adapter_for(tiny_config(family)).gate else {}))
+    model = build(routed(family), **(grouped if "groups" in adapter_for(tiny_config(family)).gate else {}))
     assert not any(route.fixed for route in find_routes(model, inject=True))
     if adapter_for(model.config).gate:
         monkeypatch.setattr(routing, "adapter_for", lambda config: Adapter())

@@ -24,7 +24,7 @@ from moe_param.balancing.selection import CONFIG
 from moe_param.training.trainer import MoETrainer
 from moe_param.tuned import build_config
 from tests.balancing.test_routing import INJECTED, NATIVE, REFUSED
-from tests.models import CORE, FAMILIES, build, families, tokens
+from tests.models import CORE, FAMILIES, build, families, routed, tokens
 
 FAMILY = "qwen3_moe"
 ALL = sorted(set(FAMILIES) - NATIVE - set(REFUSED))
@@ -57,7 +57,7 @@ def biases(model: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", families(ALL, set(INJECTED) & set(CORE)))
 def test_a_saved_model_comes_back_and_never_without_its_biases(family: str, tmp_path: Path) -> None:
     """Whatever names transformers saves under; in one file and in many."""
-    model, balancer = injected(family)
+    model, balancer = injected(routed(family))
     for folder, size in ((tmp_path / "one", "50GB"), (tmp_path / "many", "100KB")):
         model.save_pretrained(folder, max_shard_size=size)
         loaded = type(model).from_pretrained(folder)

@@ -13,7 +13,7 @@ import torch
 import moe_param
 from moe_param import OptimizerError, Parameterization
 from moe_param.tuned import TunedNumbers
-from tests.models import build, tiny_config, tokens
+from tests.models import build, initialized, tiny_config, tokens
 from tests.structure.test_roles import WithFrozenProbe
 
 TUNED = TunedNumbers(learning_rate=2e-3, adam_epsilon=1e-11, adam_beta1=0.8, adam_beta2=0.9, weight_decay=0.2)
@@ -148,7 +148,7 @@ def test_unfrozen_after_construction_is_refused() -> None:
 
 def test_a_selection_bias_that_loading_made_trainable_is_left_to_balancing(tmp_path: Path) -> None:
     """transformers builds ernie's frozen, and loads it as any other parameter; no gradient reaches it."""
-    moe_param.apply(model := build("ernie4_5_moe"), tiny_config("ernie4_5_moe"), seed=1)
+    moe_param.apply(model := build(initialized("ernie4_5_moe")), tiny_config("ernie4_5_moe"), seed=1)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     biases = {name for name, _ in loaded.named_parameters() if name.endswith("e_score_correction_bias")}

@@ -130,9 +130,26 @@ def test_measured_provider(monkeypatch: pytest.MonkeyPatch) -> None:
     choice = bench_experts.providers([case(4.0, 1.0), case(1.0, 1.0), case(100.0, None)])
     assert choice is not None
     assert (choice["torch_over_grouped_gemm"], choice["fastest"], choice["cases"]) == (2.0, "grouped_gemm", 2)
+    assert choice["line"] == "moe_param.experts.megablocks.FASTEST[(9, 0)] = 'grouped_gemm'"
     faster = bench_experts.providers([case(1.0, 2.0)])
     assert faster is not None and faster["fastest"] == "torch"
     assert bench_experts.providers([case(1.0, None)]) is None
+
+
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the allocator says, over what was there before; and what is free decides whether copies fit."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 130)
+    steps: list[int] = []
+    assert bench_experts.peak_memory(lambda: steps.append(1), "cuda") == 30 and steps == [1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**31))
+    small, large = layer(), layer(tokens=2**10, expert_size=2**8, width=2**10)
+    small.device = large.device = "cuda"
+    bench_experts._check_memory(small)
+    with pytest.raises(bench_experts.NotHere, match="12 GiB, 1 are free"):
+        bench_experts._check_memory(large)
 
 
 def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +226,20 @@ def test_smallest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     printed = capsys.readouterr().out
     assert "E4k2F32H64" in printed and "grouped_mm" in printed
     assert "not run: megablocks (torch), 2 of 2 cases: MegaBlocks' kernels run on CUDA, not on cpu" in printed
+
+
+def test_the_faster_provider_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the end of a run with both, and not among the cases where one goes on."""
+    choice = {"name": "provider", "line": "FASTEST[(9, 0)] = 'torch'", "torch_over_grouped_gemm": 0.5}
+    monkeypatch.setattr(bench_experts, "providers", lambda results: choice)
+    out = tmp_path / "experts.json"
+    command = ["--smallest", "--device", "cpu", "--out", str(out)]
+    bench_experts.main(command)
+    assert "FASTEST[(9, 0)] = 'torch'  # torch / grouped_gemm: 0.5" in capsys.readouterr().out
+    assert json.loads(out.read_text())["results"][-1] == choice
+    assert len(bench_experts.main([*command, "--resume"])["results"]) == 3
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

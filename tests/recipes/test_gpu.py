@@ -19,6 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 from moe_param.errors import InputError
+from moe_param.folder_lock import folder_lock
 from recipes.bench import balance, goals
 from recipes.bench.goals import GOALS, held
 from recipes.bench.gpu import __main__ as command
@@ -153,6 +154,8 @@ def test_the_dry_run_has_to_be_asked_for(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         command.main(["--device", "cpu"])
     assert "give --smallest too" in capsys.readouterr().err
+    with folder_lock(tmp_path, "something"), pytest.raises(SystemExit, match="is in use"):
+        command.main(["--out", str(tmp_path)])
     run = Run(tmp_path, "cuda", False, {**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit, match="finds no CUDA device here; the dry run is --device cpu --smallest"):
@@ -235,11 +238,11 @@ def test_an_experts_layer_is_a_table() -> None:
         },
     }
     without = {**case, "routing": "balanced", "implementations": {"grouped_mm": {"seconds": 0.02}}}
-    choice = {"name": "provider", "capability": [9, 0], "fastest": "torch", "torch_over_grouped_gemm": 0.8}
+    choice = {"name": "provider", "line": "FASTEST[(9, 0)] = 'torch'", "torch_over_grouped_gemm": 0.8}
     text = rows.describe([case, without, choice])
     assert "| E8k2F4096H1024 | 32768 | skewed | 10 | 5.00 | - |" in text
     assert "| balanced | - | - | - |" in text and "- not run: sonicmoe, 2 of 2: no kernel" in text
-    assert "name provider, capability [9, 0], fastest torch" in text
+    assert "- name provider, line FASTEST[(9, 0)] = 'torch', torch_over_grouped_gemm 0.8" in text
 
 
 def test_each_test_is_on_disk_as_it_ends(tmp_path: Path) -> None:
@@ -308,6 +311,23 @@ def test_only_what_is_missing_is_installed_and_nothing_there_is_touched(tmp_path
     assert packages.installed([str(target)])["two"] == "1.1"
     with pytest.raises(subprocess.CalledProcessError):
         packages.install([tmp_path / "none.whl"], target)
+
+
+def test_the_setup_installs_and_says_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also MegaBlocks' kernels, where there are none, from their sources."""
+    wheel(tmp_path, "not_there_before", "2.0")
+    asked = [Requirement(text) for text in ("not-there-before>=1", "torch>=2.9", "absent")]
+    monkeypatch.setattr(packages, "needed", lambda: asked)
+    monkeypatch.setattr(setup, "install_kernels", lambda wheels, target: f"installed. {wheels.name} {target.name}")
+    monkeypatch.setattr(setup, "KERNELS_IN", "no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    words = ["--wheels", str(tmp_path), "--target", str(tmp_path / "site"), "--out", str(tmp_path / "setup.json")]
+    found = setup.main(words)
+    assert json.loads((tmp_path / "setup.json").read_text()) == found
+    assert found["packages"]["not-there-before"] == {"needed": ">=1", "here": "2.0"}
+    assert found["packages"]["torch"]["here"] == torch.__version__ == found["machine"]["torch"]
+    assert found["installed"] == {"not-there-before": "not_there_before-2.0-py3-none-any.whl"}
+    assert list(found["lacking"]) == ["absent"] and found["kernels"] == f"installed. {tmp_path.name} site"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")

@@ -27,8 +27,9 @@ SHAPES = ("E8k2F1024H512", "E4k1F512H256", "E64k8F256H512", "E128k8F128H256")
 TOKENS = 1024
 SMALLEST = ("E4k2F16H32",), 4
 """Shapes and tokens of the dry run: interpreting takes 20 ms for each token and expert of it."""
-MOST, FACTOR, ABSOLUTE = 0.015, 2.0, 0.002
-"""Of the norm: a few roundings to bfloat16 (2^-9 each); no more than this factor times eager's error, and this."""
+MOST, ABSOLUTE, FACTOR = 0.015, 0.002, {"cuda": 2.0, "cpu": 4.0}
+"""Of the norm: a few roundings to bfloat16 (2^-9 each), and no more than this and so many times eager's error; Triton's
+interpreter truncates what a GPU rounds."""
 
 
 def bench(case: Case, device: str) -> dict[str, Any]:
@@ -45,7 +46,8 @@ def bench(case: Case, device: str) -> dict[str, Any]:
         {name: _distance(found, expected[name]) for name, found in computed(layer, implementation).items()}
         for implementation in (OURS, EAGER)
     )
-    wrong = [name for name in ours if not ours[name] < min(MOST, FACTOR * eager[name] + ABSOLUTE)]  # NaN is wrong
+    most = {name: min(MOST, FACTOR[device] * error + ABSOLUTE) for name, error in eager.items()}
+    wrong = [name for name, error in ours.items() if not error < most[name]]  # NaN is wrong
     rounded = {
         who: {n: float(f"{e:.2g}") for n, e in errors.items()} for who, errors in (("ours", ours), ("eager", eager))
     }

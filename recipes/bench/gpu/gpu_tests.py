@@ -65,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> tuple[int, dict[str, Any]]:
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="the tests themselves look which one there is")
     parser.add_argument("--smallest", action="store_true", help="noted in the report; on a CPU the tests are tiny")
+    parser.add_argument("-k", default="", help="only these, as pytest's -k")
     arguments = parser.parse_args(argv)
     recorder = Recorder(argv, arguments.smallest, arguments.out)
-    code = pytest.main([str(TESTS), "-v", "-s", "-p", "no:cacheprovider", "--tb", "short"], plugins=[recorder])
+    code = pytest.main(
+        [str(TESTS), "-v", "-s", "-p", "no:cacheprovider", "--tb", "short", "-k", arguments.k], plugins=[recorder]
+    )
     return int(code), recorder.write()
 
 

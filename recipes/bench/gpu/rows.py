@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-LONG = 60
+LONG = 80
 """Characters of a value that is left to the JSON."""
 
 
@@ -27,7 +27,7 @@ def cells(row: Mapping[str, Any], prefix: str = "") -> list[str]:
             found += cells(value, f"{prefix}{name} ")
         elif value is not None and not isinstance(value, list) and len(str(value)) <= LONG:
             found.append(f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}")
-        elif name in ("wrong", "capability") and value:
+        elif name == "wrong" and value:
             found.append(f"{prefix}{name} {value}")
     return found
 

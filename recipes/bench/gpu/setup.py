@@ -18,7 +18,8 @@ from typing import Any
 
 from recipes.bench.gpu import packages
 
-KERNELS = "--level", "triton"
+KERNELS_IN, KERNELS = "megablocks", ("--level", "triton")
+"""The package of the Triton kernels, and how much of it `patches.install` is to install."""
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if todo["install"]:
         packages.install(todo["install"].values(), arguments.target)
     kernels = None
-    if importlib.util.find_spec("megablocks") is None:
+    if importlib.util.find_spec(KERNELS_IN) is None:
         kernels = install_kernels(arguments.wheels, arguments.target)
     importlib.invalidate_caches()
 

@@ -28,16 +28,27 @@ class Step:
 
 
 # One fine-grained shape (Qwen3-30B-A3B's) and two coarse ones.
-EXPERTS = ("--shapes", "E128k8F768H2048", "E8k2F4096H1024", "E16k4F8192H2048", "--tokens", "32768", "--resume")
+EXPERTS = (
+    "--shapes",
+    "E128k8F768H2048",
+    "E8k2F4096H1024",
+    "E16k4F8192H2048",
+    "--tokens",
+    "32768",
+    "--rounds",
+    "10",
+    "--resume",
+)
 
 STEPS = (
     Step("a", "MegaBlocks' Triton path against eager: outputs and gradients", "recipes.bench.gpu.against_eager"),
     Step("b", "tests/gpu", "recipes.bench.gpu.gpu_tests", limit=300),
     Step("c", "an experts layer, all implementations", "recipes.bench.experts", EXPERTS, limit=240),
-    Step("d", "what balancing costs", "recipes.bench.balance", limit=90),
+    Step("d", "what balancing costs", "recipes.bench.balance", limit=120),
     Step("e", "what our optimizer groups cost", "recipes.bench.overhead", ("--only", "step"), limit=90),
-    Step("f", "a training run, megablocks against grouped_mm", "recipes.bench.gpu.training", limit=300),
+    Step("f", "a training run, megablocks against grouped_mm", "recipes.bench.gpu.training", limit=420),
     Step("g", "building grouped_gemm for this GPU", "recipes.bench.gpu.build", limit=420),
     Step("g, c again", "the experts layer, with grouped_gemm", "recipes.bench.experts", EXPERTS, limit=240, needs="g"),
+    Step("g, b again", "tests/gpu with grouped_gemm", "recipes.bench.gpu.gpu_tests", ("-k", "grouped_gemm"), 200, "g"),
     Step("h", "tuning with one GPU worker", not_built="moe-param tune trains on CPUs only; it has no GPU workers yet"),
 )
