@@ -23,7 +23,7 @@ from moe_param.folder_lock import folder_lock
 from recipes.bench import balance, goals
 from recipes.bench.goals import GOALS, held
 from recipes.bench.gpu import __main__ as command
-from recipes.bench.gpu import machine, packages, report, rows, running, setup, wheels
+from recipes.bench.gpu import machine, packages, report, rows, running, setup, training, wheels
 from recipes.bench.gpu.running import DONE, FAILED, LIMIT, NO_TIME, NOT_BUILT, NOT_RUN, Outcome, Run, run_all
 from recipes.bench.gpu.steps import STEPS, Step
 from tests.recipes.gpu_run import MACHINE
@@ -196,6 +196,28 @@ def test_synchronizations_are_counted_and_the_modes_own_warning_is_not(monkeypat
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switched)
     assert balance.synchronizations(waits, "cuda") == 3 and modes == ["warn", "default"]
     assert balance.synchronizations(waits, "cpu") == 0
+
+
+def test_what_a_training_run_on_a_gpu_logs(tmp_path: Path) -> None:
+    """Its first speeds do not count; the share of the peak is there; and two runs beside each other."""
+    speeds, losses = [1.0, 90.0, 100.0, 110.0, 105.0], [5.5, 5.0, 4.0, 3.5, 3.0]
+    lines = [
+        {"step": i, "loss": x, "tokens_per_second": s, "mfu": s / 400} for i, (x, s) in enumerate(zip(losses, speeds))
+    ]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 5, "eval_loss": 3.1}])
+    )
+    summary = {"validation_loss": 3.1, "parameters": 9, "active_parameters": 3, "steps": 5, "seconds": 1.5}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    ours = training.results(tmp_path)
+    assert (ours["tokens_per_second"], ours["mfu"], ours["losses"]) == (102.5, 0.25, losses)
+    theirs = {**ours, "tokens_per_second": 82.0, "validation_loss": 3.15, "losses": [5.5, 5.0, 4.0, 3.0, 3.2]}
+    found = training.compare(ours, theirs, "bfloat16")
+    assert found["losses_apart"] == {"median": 0.0, "most": 0.5}
+    assert [(goal["goal"], goal["value"], goal["met"]) for goal in found["goals"]] == [
+        ("training", 1.25, True), ("same loss", 0.05, False)
+    ]  # fmt: skip
+    assert not training.compare(ours, theirs, "float32")["goals"]  # there the two do not multiply alike
 
 
 # -- the report ------------------------------------------------------------------------------------------------------

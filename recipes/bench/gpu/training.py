@@ -64,10 +64,11 @@ def results(folder: Path) -> dict[str, Any]:
     """What a run left in metrics.jsonl and summary.json."""
     lines = read_lines(folder / "metrics.jsonl")
     speeds = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]
+    shares = [line["mfu"] for line in lines if "mfu" in line]  # where the device's peak is known
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     return {
         "tokens_per_second": round(statistics.median(speeds[round(WARM * len(speeds)) :]), 1),
-        "mfu": statistics.median(line["mfu"] for line in lines if "mfu" in line) if "mfu" in lines[0] else None,
+        "mfu": round(statistics.median(shares), 4) if shares else None,
         "losses": [line["loss"] for line in lines if line.get("loss") is not None],
         **{name: summary[name] for name in ("validation_loss", "parameters", "active_parameters", "steps", "seconds")},
     }
