@@ -40,7 +40,7 @@ SETUP = {
 
 
 def ended(steps: list[Step], folder: Path, seconds: float = 600, **options: Any) -> dict[str, Outcome]:
-    run = Run(folder, "cpu", True, os.environ)
+    run = Run(folder, "cpu", False, os.environ)
     return {found.step: found for found in run_all(steps, run, MACHINE, time.monotonic() + seconds, **options)}
 
 
@@ -125,10 +125,20 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")
 def test_dry_run(tmp_path: Path) -> None:
     """The whole command, every step of it, on the CPU with Triton's kernels interpreted."""
-    words = ["--device", "cpu", "--smallest", "--out", str(tmp_path), "--wheels", str(tmp_path / "none")]
+    words = [
+        "--device",
+        "cpu",
+        "--smallest",
+        "--minutes",
+        "60",
+        "--out",
+        str(tmp_path),
+        "--wheels",
+        str(tmp_path / "none"),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     call = [sys.executable, "-m", "recipes.bench.gpu", *words]
-    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600)
     left = json.loads((tmp_path / "report.json").read_text())
     failed = {found["step"]: found["reason"] for found in left["steps"] if found["state"] in (FAILED, LIMIT)}
     assert done.returncode == 0 and not failed, (done.stderr, failed)

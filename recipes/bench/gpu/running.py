@@ -27,6 +27,8 @@ DONE, FAILED, LIMIT = "done", "failed", "killed at its limit"
 NOT_BUILT, NOT_RUN, NO_TIME = "not built yet", "not run", "no time left"
 LEAST = 20.0
 """Seconds below which no step is begun: loading torch and transformers takes most of them."""
+SLACK = 5
+"""Times its limit that a step gets in a dry run: a CPU may be busy."""
 TAIL = 15
 """Lines of a failure's output that the report shows."""
 
@@ -114,11 +116,12 @@ def finished(ledger: Path, machine: Mapping[str, Any]) -> dict[str, Outcome]:
 
 def run_step(step: Step, run: Run, left: float) -> Outcome:
     """Runs one step for at most its limit, or what time is left: then it is not over, and a later run repeats it."""
-    limit = min(step.limit, left)
+    own = step.limit * (SLACK if run.smallest else 1)
+    limit = min(own, left)
     start = time.monotonic()
     code = run_guarded(step.command(run.result(step), run.device, run.smallest), run.log(step), run.environment, limit)
     seconds = round(time.monotonic() - start, 1)
-    if code is None and left < step.limit:
+    if code is None and left < own:
         return Outcome(step.name, NO_TIME, seconds, f"cut after {seconds:.0f} s; the same command repeats it")
     if code is None:
         return Outcome(step.name, LIMIT, seconds, f"after {limit:g} s. {tail(run.log(step))}")
