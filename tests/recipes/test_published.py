@@ -30,13 +30,11 @@ SHAPES = {
     "qwen3-235b-a22b": (4096, 94, 128, 8, 1536, 128),
 }
 
-AHEAD = ("dbrx", "llama-4-maverick")
-"""Experts without transformers' interface: not read yet."""
+AHEAD = ("dbrx",)
+"""Sizes that stand in configs inside its config do not scale yet."""
 
-EVERY = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="no experts interface")) if name in AHEAD else name
-    for name in SHAPES
-]
+NESTED = pytest.mark.xfail(strict=True, reason="sizes in nested configs")
+EVERY = [pytest.param(name, marks=NESTED) if name in AHEAD else name for name in SHAPES]
 
 
 def test_all_are_tested() -> None:
@@ -59,7 +57,7 @@ def test_it_is_explained_from_a_suggested_base(name: str) -> None:
     suggested = said("base", PUBLISHED[name])
     best = suggested["bases"][suggested["best"]]
     assert tuple(suggested["target"]["shape"].values()) == SHAPES[name]
-    assert best["share"] < 0.02  # gpt-oss: 8 heads of keys let the width fall to an eighth only
+    assert best["share"] < 0.02  # 8 heads of keys let some widths fall to an eighth only
     sizes = ",".join(f"{size}={value}" for size, value in best["shape"].items() if size != "head_dim")
     explained = said("explain", PUBLISHED[name], "--base", sizes)
     assert tuple(explained["shape"].values()) == SHAPES[name]

@@ -251,6 +251,7 @@ LLAMA4 = Case(
     "llama4",
     {
         **_SIZES,
+        "num_hidden_layers": (4, 12),  # the fourth is the first without rotary positions
         "head_dim": (16, 28),
         "use_qk_norm": False,
         "num_local_experts": (8, 16),
