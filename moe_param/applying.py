@@ -20,8 +20,9 @@ from moe_param.parameterization import Parameterization
 from moe_param.record import check_plain, check_shapes
 from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
-from moe_param.structure.roles import check_routers, read_structure
-from moe_param.structure.scaling_config import scale_config
+from moe_param.structure.dispatch import text_part
+from moe_param.structure.roles import LEFT_ALONE, check_routers, read_structure
+from moe_param.structure.scaling_config import scale_config, with_text
 from moe_param.structure.shape import Shape, ShapeError
 from moe_param.structure.trace import shared_trace
 from moe_param.tuned import Tuned, read_tuned
@@ -38,6 +39,7 @@ def plan(
     constants: Mapping[str, Mapping[str, float]] | None = None,
     seed: int | None = None,
     allow_sparsity_change: bool = False,
+    only: str | None = None,
 ) -> Parameterization:
     """The rules `apply` would write, from configs alone: nothing is built in memory. Arguments are those of `apply`.
 
@@ -51,12 +53,14 @@ def plan(
         spec, init_std, constants = tuned.spec, tuned.init_std, tuned.constants
     table = ScalingSpec.load(DEFAULT_SPEC if spec is None else spec)
     _check_numbers(init_std, constants)
-    target = read_structure(model_class, config)
+    target = read_structure(model_class, config, only)
     if isinstance(base_shape, Shape):
         _check_kind(base_shape, target.shape)
         base_config = scale_config(config, **base_shape.sizes, model_class=model_class)
     elif isinstance(base_shape, PretrainedConfig):
         base_config = base_shape
+        if base_config.model_type == config.get_text_config().model_type:  # found on the text part alone
+            base_config = with_text(config, base_config)
         if base_config.model_type != config.model_type:
             raise ParameterizationError(
                 f"base and target are different architectures: {base_config.model_type} and {config.model_type}"
@@ -66,7 +70,7 @@ def plan(
             "base_shape must be a Shape, a PretrainedConfig or the path of a YAML file, "
             f"got {type(base_shape).__name__}"
         )
-    base = read_structure(model_class, base_config)
+    base = read_structure(model_class, base_config, only)
     _check_kind(base.shape, target.shape)
     if isinstance(base_shape, Shape) and base_shape.head_dim not in (None, base.shape.head_dim):
         raise ShapeError(
@@ -99,6 +103,7 @@ def apply(
     folds: bool | None = None,
     experts: str | None = None,
     allow_sparsity_change: bool = False,
+    only: str | None = None,
 ) -> Parameterization:
     """Rewrites the initialization of `model` in place and returns the rules of its parameters.
 
@@ -131,13 +136,16 @@ def apply(
         experts: an implementation for transformers' experts interface; "auto" takes "megablocks" where it is usable
             on the model's device and otherwise leaves transformers' choice, as None does.
         allow_sparsity_change: warn instead of raising where top_k / num_experts differs from the base.
+        only: "text" leaves the other towers of a model alone (vision, audio, their projectors): their weights and
+            buffers stay, pretrained or not, and the optimizer gets them with the base's learning rate, epsilon and (on
+            matrices) weight decay. Their role is "left_alone". The base may be the config of the text part alone.
 
     Returns:
         The `Parameterization`, also recorded as plain JSON in `model.config.moe_param`.
 
     Raises:
         StructureError: no decoder stack, or a forward pass that cannot be read.
-        RoleError: parameters without a role, all of them listed.
+        RoleError: parameters without a role, all of them listed; an `only` that is unknown or leaves nothing alone.
         ShapeError: sizes that contradict the model or do not divide.
         SpecError: an invalid scaling table.
         WeightsError: meta weights, or a parameter that transformers itself never initializes.
@@ -160,10 +168,11 @@ def apply(
         constants=constants,
         seed=seed,
         allow_sparsity_change=allow_sparsity_change,
+        only=only,
     )
     shapes = {name: rule.shape for name, rule in parameterization.rules.items()}
     check_shapes(shapes, model, "its config builds")
-    write = _reinit(model, reinit)
+    write = _reinit(model, reinit, parameterization.rules)
     if write and folds is not None:
         raise ParameterizationError(f"folds={folds} chooses the rates of weights that are kept: pass reinit=False")
     if write:
@@ -176,7 +185,7 @@ def apply(
     initialize = None
     if write:
         assert seed is not None
-        starts = _starts(model)
+        starts = _starts(model, only)
         initialize = prepare(model, {name: (rule.init, rule.padding) for name, rule in rules.items()}, seed)
     if backend is not None:
         _set_experts(model, backend)
@@ -189,19 +198,21 @@ def apply(
     return parameterization
 
 
-def _reinit(model: PreTrainedModel, reinit: bool | None) -> bool:
+def _reinit(model: PreTrainedModel, reinit: bool | None, rules: Mapping[str, Rule]) -> bool:
     """Whether weights are to be written; where it was not said, only over those that were just built.
 
-    A record in the config does not tell by itself: models built from one config object share it.
+    Those that are left alone do not count. A record in the config does not tell by itself: models built from one config
+    object share it.
     """
     if reinit is not None:
         return reinit
-    name, recorded = loaded(model), getattr(model.config, "moe_param", None) is not None
+    kept = {name: rule.init for name, rule in rules.items() if rule.role == LEFT_ALONE}
+    name, recorded = loaded(model, kept), getattr(model.config, "moe_param", None) is not None
     if getattr(model, "_moe_param", False) or (recorded and name):
         found = "is already parameterized (config.moe_param is set; Parameterization.from_model reads its rules)"
     elif name:
         found = f"holds loaded weights ({name} is from a checkpoint)"
-    elif departs := departure(model, shared_trace(type(model), model.config)[1].laws):
+    elif departs := departure(model, shared_trace(type(model), model.config)[1].laws | kept):
         found = f"holds weights that are not as transformers builds them ({departs})"
     else:
         return True
@@ -211,10 +222,11 @@ def _reinit(model: PreTrainedModel, reinit: bool | None) -> bool:
     )
 
 
-def _starts(model: PreTrainedModel) -> list[tuple[torch.Tensor, float]]:
+def _starts(model: PreTrainedModel, only: str | None) -> list[tuple[torch.Tensor, float]]:
     """Buffers that start at a constant, with it: selection biases, and what else construction fills. Injected: 0."""
-    laws = shared_trace(type(model), model.config)[1].laws
-    own = [(b, laws[n].value) for n, b in model.named_buffers() if n in laws and laws[n].kind == "constant"]
+    laws, text = shared_trace(type(model), model.config)[1].laws, text_part(model) if only else ""
+    buffers = [(n, b) for n, b in model.named_buffers() if n in laws and n.startswith(text)]
+    own = [(b, laws[n].value) for n, b in buffers if laws[n].kind == "constant"]
     return own + [(module.bias, 0.0) for module in model.modules() if isinstance(module, Selection)]
 
 

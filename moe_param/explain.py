@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moe_param.scaling.spec import ROLES
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.regime import Regime, regime
-from moe_param.structure.roles import UNTRAINED, layer_pattern
+from moe_param.structure.roles import LEFT_ALONE, UNTRAINED, layer_pattern
 from moe_param.structure.shape import Shape
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def rows(parameterization: Parameterization, full: bool = False) -> list[dict[st
         }
         key = json.dumps(values)
         rows.setdefault(key, values)["parameters"] += 1
-    order = {role: i for i, role in enumerate((*ROLES, *UNTRAINED))}
+    order = {role: i for i, role in enumerate((*ROLES, LEFT_ALONE, *UNTRAINED))}
     found = list(rows.values())
     return found if full else sorted(found, key=lambda row: order[row["role"]])
 
@@ -108,6 +108,8 @@ def rich_table(parameterization: Parameterization, full: bool = False, *, narrow
 def _describe_init(law: InitLaw) -> str:
     if law.kind == "constant":
         return f"= {law.value:.4g}"
+    if law.kind == "kept":
+        return "as it is"
     if law.kind == "special":
         return "transformers' own" + (f" × {law.std:.4g}" if law.std not in (0.0, 1.0) else "")
     return f"{law.kind} {law.std:.4g}"

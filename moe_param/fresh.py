@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +15,14 @@ SAMPLE = 2**14
 """Numbers looked at of a randomly initialized parameter, at most."""
 
 
-def loaded(model: PreTrainedModel) -> str | None:
-    """The first parameter that came out of a checkpoint, by the mark `from_pretrained` leaves on it; None without one.
+def loaded(model: PreTrainedModel, kept: Collection[str] = ()) -> str | None:
+    """The first parameter outside of `kept` that came out of a checkpoint, by the mark `from_pretrained` leaves on it;
+    None without one.
 
     A config that was read from the Hub leaves no such mark. A wrapper that makes new parameters (FSDP2) loses it.
     """
-    return next((n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)), None)
+    marked = (n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False))
+    return next((n for n in marked if n not in kept), None)
 
 
 @torch.no_grad()
@@ -29,12 +31,12 @@ def departure(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> str | None
 
     A constant must be that constant in every element: one step of training moves norms and biases, so trained weights
     are told by them. A random one must have the law's root mean square to 1% and six standard errors, over `SAMPLE`
-    numbers without the zeros of padding. "special" laws, empty shards and meta tensors are passed over. What was
-    trained without moving either is not seen: a step in bfloat16 can round to nothing.
+    numbers without the zeros of padding. "special" and "kept" laws, empty shards and meta tensors are passed over. What
+    was trained without moving either is not seen: a step in bfloat16 can round to nothing.
     """
     for name, parameter in model.named_parameters():
         law = laws[name]
-        if parameter.is_meta or not parameter.is_floating_point() or law.kind == "special":
+        if parameter.is_meta or not parameter.is_floating_point() or law.kind in ("special", "kept"):
             continue
         values = local_part(parameter.detach())[0]
         if values.numel() == 0:

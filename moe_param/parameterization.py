@@ -358,7 +358,9 @@ class Parameterization:
 def _check_initialized(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> None:
     """Refuses weights that do not follow their rules, are untrained, and do follow transformers' own laws."""
     wrong = departure(model, laws)
-    if wrong and not trained(model, laws) and not departure(model, shared_trace(type(model), model.config)[1].laws):
+    kept = {name: law for name, law in laws.items() if law.kind == "kept"}
+    own = shared_trace(type(model), model.config)[1].laws | kept
+    if wrong and not trained(model, laws) and not departure(model, own):
         raise ParameterizationError(
             f"{type(model).__name__} has the config of a parameterized model, and weights that transformers has just "
             f"built ({wrong}): call moe_param.apply(model, base_shape) to initialize them, or load the model's own"

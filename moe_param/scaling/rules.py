@@ -17,7 +17,7 @@ from moe_param.errors import MoeParamError
 from moe_param.scaling.spec import SHAPE_DIMENSIONS, ScalingSpec
 from moe_param.structure.adapters import COARSER
 from moe_param.structure.laws import InitLaw
-from moe_param.structure.roles import UNTRAINED, Info, Structure
+from moe_param.structure.roles import LEFT_ALONE, UNTRAINED, Info, Structure
 
 
 class ParameterizationError(MoeParamError):
@@ -83,7 +83,7 @@ def derive_rules(
             )
     counterparts = _counterparts(base, target)
     pairs = {
-        name: _Pair.of(name, base.parameters[counterparts[name]], info, moved)
+        name: _Pair.of(name, base.parameters[counterparts[name]] if name in counterparts else info, info, moved)
         for name, info in target.parameters.items()
     }
     heads_moved = base.shape.head_dim != target.shape.head_dim or any(
@@ -168,6 +168,8 @@ def _rule(
     fans = {"fan_in": info.fan_in, "fan_in_base": pair.base.fan_in, "padding": info.padding}
     if info.role in UNTRAINED:
         return Rule(info.role, info.shape, info.law, lr=0.0, weight_decay=0.0, **fans)  # type: ignore[arg-type]
+    if info.role == LEFT_ALONE:  # the base's numbers; decayed are matrices, as Trainer does
+        return Rule(info.role, info.shape, info.law, weight_decay=float(len(info.shape) > 1))
     row, ratios = spec.roles[info.role], linear.ratios
     factors = pair.multipliers(spec, info.sites)
     own = 1.0 / ratios.scale(info.undo) if spec.init == "base" else 1.0
@@ -222,7 +224,8 @@ def _fold_law(law: InitLaw, offset: bool, std_ratio: float, multiplier: float, i
 
 
 def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
-    """Which base parameter each target parameter is scaled from: the same name in a layer of the same kind."""
+    """Which base parameter each target parameter is scaled from: the same name in a layer of the same kind. Those that
+    are left alone are scaled from none."""
     of_kind: dict[Any, list[int]] = {}
     for index, kind in enumerate(base.kinds):
         of_kind.setdefault(kind, []).append(index)
@@ -242,6 +245,8 @@ def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
     names = {(info.layer, info.relative): name for name, info in base.parameters.items()}
     found = {}
     for name, info in target.parameters.items():
+        if info.role == LEFT_ALONE:
+            continue
         layer = None if info.layer is None else layer_map[info.layer]
         if (layer, info.relative) not in names:
             raise ParameterizationError(f"{name} is not in the base model: base and target differ in more than shape")
@@ -250,7 +255,8 @@ def _counterparts(base: Structure, target: Structure) -> dict[str, str]:
 
 
 def _shares(base: Structure, target: Structure) -> dict[str, float]:
-    """Elements in the base over elements in the target, of each parameter together with its like in other layers."""
+    """Elements in the base over elements in the target, of each parameter together with its like in other layers; 1
+    for those that are left alone."""
 
     def kind(structure: Structure, info: Info) -> Any:
         return None if info.layer is None else structure.kinds[info.layer], info.relative
@@ -262,7 +268,10 @@ def _shares(base: Structure, target: Structure) -> dict[str, float]:
         return count
 
     before, after = elements(base), elements(target)
-    return {name: before[kind(target, info)] / after[kind(target, info)] for name, info in target.parameters.items()}
+    return {
+        name: 1.0 if info.role == LEFT_ALONE else before[kind(target, info)] / after[kind(target, info)]
+        for name, info in target.parameters.items()
+    }
 
 
 def _check_gaps(

@@ -35,14 +35,15 @@ def find_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     Raises:
         StructureError: no `ModuleList` of layers, or experts outside one common `ModuleList`.
     """
+    text = text_part(model)
     experts = [name for name, module in model.named_modules() if is_experts(module)]
+    experts = [name for name in experts if name.startswith(text)] or experts  # other towers may have some too
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if experts:
         holding = [name for name in stacks if all(e.startswith(name + ".") for e in experts)]
         where = f"a `ModuleList` that holds all its experts modules ({', '.join(experts)})"
     else:
-        decoder = _text_decoder(model)
-        outermost = [s for s in stacks if s.startswith(decoder) and not any(s.startswith(t + ".") for t in stacks)]
+        outermost = [s for s in stacks if s.startswith(text) and not any(s.startswith(t + ".") for t in stacks)]
         holding = sorted(outermost, key=lambda s: -sum(p.numel() for p in stacks[s].parameters()))[:1]
         where = "a `ModuleList` of layers in the module that embeds the tokens"
     if not holding:
@@ -51,7 +52,7 @@ def find_layers(model: PreTrainedModel) -> tuple[str, list[nn.Module]]:
     return name, list(stacks[name])
 
 
-def _text_decoder(model: PreTrainedModel) -> str:
+def text_part(model: PreTrainedModel) -> str:
     """Prefix of the names in the innermost `PreTrainedModel` that embeds the tokens."""
     embedding: Any = model.get_input_embeddings()
     holding = [

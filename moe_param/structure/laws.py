@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class InitLaw:
     """How transformers itself initializes a parameter.
 
     kind: "normal" (std), "uniform" (half-width `std`·√3 around 0, so that std means the same), "trunc_normal"
-        (std before truncation, cut at ±bound), "constant" (value) or "special" (anything else; left to transformers).
+        (std before truncation, cut at ±bound), "constant" (value), "special" (anything else; left to transformers) or
+        "kept" (whatever is there: of parameters that are left alone).
     """
 
     kind: str
@@ -48,6 +50,13 @@ class InitWatcher(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        asked = func is torch.ops.aten._local_scalar_dense.default
+        if asked and self.law(args[0]) == InitLaw("beyond"):
+            return False  # nothing is left beyond the bounds, so nothing is drawn again
+        operands = [a for a in tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        if operands and not any(isinstance(a, FakeTensor) for a in operands):  # sizes that are computed with tensors
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
         out = func(*args, **kwargs)
         self.fakes.fake_tensor_converter.tensor_memo.clear()
         op = func.overloadpacket.__name__
@@ -60,7 +69,13 @@ class InitWatcher(TorchDispatchMode):
             if before.kind in ("normal", "uniform"):
                 self.remember(out, replace(before, std=before.std * abs(factor)))
             return out
-        if not op.endswith("_"):
+        # torch 2.13 truncates by drawing again what is beyond the bounds
+        if op in ("lt", "gt") and values and before.kind in ("normal", "trunc_normal"):
+            self.remember(args[0], InitLaw("trunc_normal", std=before.std, bound=abs(float(f"{values[0]:.7g}"))))
+            self.remember(out, InitLaw("beyond"))
+        elif op in ("__or__", "bitwise_or", "any") and before.kind == "beyond":
+            self.remember(out, before)
+        if not op.endswith("_") or op == "__or__":
             return out
         if op == "normal_":
             law = InitLaw("normal", std=float(values[1] if len(values) > 1 else kwargs.get("std", 1.0)))
@@ -86,7 +101,7 @@ class InitWatcher(TorchDispatchMode):
 
 
 def _truncated(op: str, before: InitLaw, values: list[float], kwargs: dict[str, Any]) -> InitLaw:
-    """`torch.nn.init.trunc_normal_` is uniform_, erfinv_, mul_(std·√2), add_(mean), clamp_(low, high)."""
+    """Before torch 2.13 `trunc_normal_` is uniform_, erfinv_, mul_(std·√2), add_(mean), clamp_(low, high)."""
     if op == "erfinv_":
         return InitLaw("trunc_normal", std=1 / math.sqrt(2))
     if op == "mul_":

@@ -13,8 +13,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
+from moe_param.naming import check_known
 from moe_param.structure.adapters import adapter_for
-from moe_param.structure.dispatch import find_layers, is_experts
+from moe_param.structure.dispatch import find_layers, is_experts, text_part
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.observations import StructureError, Trace
 from moe_param.structure.shape import Shape, measure
@@ -22,6 +23,9 @@ from moe_param.structure.trace import shared_trace
 
 UNTRAINED = ("frozen", "selection_bias")
 """Roles of parameters that no optimizer touches."""
+
+LEFT_ALONE = "left_alone"
+"""Role of the parameters of other towers (vision, audio, their projectors) under only="text": trained, but no rule."""
 
 
 class RoleError(MoeParamError):
@@ -77,15 +81,22 @@ class Structure:
     constant_gates: tuple[str, ...] = ()
 
 
-def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Structure:
+def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig, only: str | None = None) -> Structure:
     """The roles of all parameters of `model_class(config)`, without building it in memory.
+
+    With only="text", what text does not reach outside of the module that embeds it is `LEFT_ALONE`.
 
     Raises:
         StructureError: no decoder stack, or a forward pass that does not run on fake tensors.
         RoleError: parameters without a role, all of them listed; those that differ in a layer's number on one line.
+            An `only` that is not "text", or one that leaves nothing alone.
     """
+    if only is not None:
+        check_known((only,), ("text",), "part", "only", RoleError)
     model, trace = shared_trace(model_class, config)
-    reader = _Reader(model, trace)
+    reader = _Reader(model, trace, only)
+    if only is not None and not reader.elsewhere:
+        raise RoleError(f"only={only!r}: {model_class.__name__} has no parts beside the {only}, so leave it out")
     parameters: dict[str, Info] = {}
     unknown: list[str] = []
     for name in trace.shapes:
@@ -95,7 +106,8 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
         else:
             parameters[name] = reader.info(name, role)
     if unknown:
-        raise _unknown_roles(model_class, config, {name: trace.shapes[name] for name in unknown})
+        shapes = {name: trace.shapes[name] for name in unknown}
+        raise _unknown_roles(model_class, config, shapes, reader.elsewhere)
     kinds = reader.kinds(parameters, config)
     constant = tuple(router.experts for router in trace.routers if router.constant)
     routers = tuple(sorted(reader.routers))
@@ -103,7 +115,10 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig)
 
 
 def _unknown_roles(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    elsewhere: frozenset[str],
 ) -> RoleError:
     alike: dict[Any, list[str]] = {}
     for name, shape in shapes.items():
@@ -112,9 +127,10 @@ def _unknown_roles(
         f"{names[0]} {shape}" if len(names) == 1 else f"{pattern} {shape} × {len(names)}"
         for (pattern, shape), names in alike.items()
     )
+    towers = "" if elsewhere.isdisjoint(shapes) else 'Other towers (vision, audio) are left alone with only="text". '
     return RoleError(
         f"{model_class.__name__} has {len(shapes)} parameters whose role cannot be told:\n  {listing}\n"
-        "The forward pass of the language model does not use them. Freeze them (requires_grad_(False) in the "
+        f"The forward pass of the language model does not use them. {towers}Freeze them (requires_grad_(False) in the "
         "model's __init__), remove them, or give them a role with moe_param.register_adapter("
         f"{config.get_text_config().model_type!r}, {{'roles': {{pattern of the name in its layer: role}}}})."
     )
@@ -148,8 +164,11 @@ def layer_pattern(name: str) -> tuple[str, int | None]:
 class _Reader:
     """Names, modules and observations of one model, and the questions that decide roles."""
 
-    def __init__(self, model: PreTrainedModel, trace: Trace) -> None:
+    def __init__(self, model: PreTrainedModel, trace: Trace, only: str | None = None) -> None:
         self.trace = trace
+        self.only = only
+        text = text_part(model)
+        self.elsewhere = frozenset(n for n in trace.shapes if not n.startswith(text) and n not in trace.used)
         self.adapter = adapter_for(model.config)
         self.modules: dict[str, nn.Module] = dict(model.named_modules())
         self.trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -189,6 +208,9 @@ class _Reader:
         counts = {router.num_experts for router in self.trace.routers}
         in_block = any(name.startswith(block + ".") for block in self.blocks)
         return "selection_bias" if in_block and math.prod(self.trace.shapes[name]) in counts else "frozen"
+
+    def left_alone(self, name: str) -> str | None:
+        return LEFT_ALONE if self.only == "text" and name in self.elsewhere else None
 
     def table(self, name: str) -> str | None:
         if name in self.trace.embeddings:
@@ -294,6 +316,8 @@ class _Reader:
     # -- the rest ----------------------------------------------------------------------------------------------
     def info(self, name: str, role: str) -> Info:
         trace, layer = self.trace, self.layer_of(name)
+        if role == LEFT_ALONE:
+            return Info(role, trace.shapes[name], InitLaw("kept"), relative=name)
         weight = self.bias_of(name)
         owner = self.modules[name.rpartition(".")[0]]
         sites = self.sites(name)
@@ -405,6 +429,7 @@ class _Reader:
 
 _QUESTIONS: tuple[Callable[[_Reader, str], str | None], ...] = (
     _Reader.untrained,
+    _Reader.left_alone,
     _Reader.declared,
     _Reader.table,
     _Reader.bias,

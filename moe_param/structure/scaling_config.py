@@ -30,6 +30,7 @@ _DEPTH = r"num_hidden_layers|num_layers|n_layers?"
 _LAST_LAYER = r"\w*layer_end_index"
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
 _TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
+_TOWER_OUT = r"(out|text)_hidden_size|adapter_out_dim"  # of towers beside the text, in composite configs
 _GROUPS = r"n_group"  # of experts, in routers that choose groups first
 _EXPERT_SIZE = r"moe_intermediate_size|expert_intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size"
 _SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size"
@@ -53,8 +54,8 @@ def scale_config(
     `kv_lora_rank`), state-space ranks, and dense MLPs where there are no experts or experts have a size of their own.
     With expert_size scale shared experts, and dense MLPs where one attribute gives the size of both. Layer patterns are
     continued: a periodic pattern goes on, a run of leading dense layers keeps its length. Expert groups keep their
-    number. `model_class` is the class the config is for, where transformers cannot tell. What we recorded of a trained
-    model is left out.
+    number. Of a composite config the text part is scaled. `model_class` is the class the config is for, where
+    transformers cannot tell. What we recorded of a trained model is left out.
 
     Raises:
         ShapeError: a size that is not a positive integer or does not divide (the nearest that do are named), an axis
@@ -67,7 +68,7 @@ def scale_config(
     given = {name: size for name, size in asked.items() if size is not None}
     for name in given:
         old.check(name, old.sizes, "size")
-    attributes = Attributes.read(config, old)
+    attributes = Attributes.read(config.get_text_config(), old)
     new = attributes.target(given)
     if new == old:
         return without_records(config)
@@ -76,6 +77,26 @@ def scale_config(
             raise ShapeError(f"{type(config).__name__} cannot change {axis}: {why}")
     values = repeat_layers(attributes.scaled(new), old.depth, new.depth)
     return _verified(config, values, model_class, source, trace, old, new)
+
+
+def with_text(config: PretrainedConfig, text: PretrainedConfig) -> PretrainedConfig:
+    """The config with `text` in the place of its text part, which may be all of it. What other towers hand to the text
+    gets its width."""
+    old = config.get_text_config()
+    if old is config:
+        return text
+    values = config.to_dict()
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if not isinstance(part, PretrainedConfig):
+            continue
+        if part.get_text_config() is old:
+            values[name] = with_text(part, text).to_dict()
+            continue
+        for key in [key for key in values[name] if re.fullmatch(_TOWER_OUT, key)]:
+            if values[name][key] == old.hidden_size:
+                values[name][key] = text.hidden_size
+    return without_records(type(config).from_dict(values))
 
 
 def without_records(config: PretrainedConfig) -> PretrainedConfig:
@@ -226,7 +247,8 @@ def _verified(
     """
     name = type(config).__name__
     try:
-        scaled = type(config).from_dict(values)
+        text = config.get_text_config()
+        scaled = with_text(config, type(text).from_dict(values))
         model, trace = shared_trace(model_class, scaled)
         got = measure(model, trace)
     except Exception as error:
