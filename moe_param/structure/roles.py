@@ -39,7 +39,8 @@ class Info:
     fan_in, fan_out: sizes of the contraction it takes part in; None where it is not a matrix.
     of: for a bias, the parameter (the weight of a linear, the gain of a norm) it belongs to.
     offset: a gain of the form 1 + w.
-    layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name).
+    layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name); of experts in
+        a list that of all of them, `experts.*.up.weight`.
     sites: forward multipliers that stand before or behind it (`moe_param.scaling.spec.SITES`).
     head_dim, scaling: of the attention whose queries it makes; the model's own factor on query·key.
     padding: row of an embedding that stays zero.
@@ -196,6 +197,7 @@ class _Reader:
         mlps = [router for router in trace.routers if router.mixes == "mlp"]
         self.experts = {name: "expert_up" for router in mlps for name in router.up}
         self.experts |= {name: "expert_down" for router in mlps for name in router.down}
+        self.listed = [r.experts for r in mlps if isinstance(self.modules[r.experts], nn.ModuleList)]
         self.unnormalized = {name for router in mlps if not router.normalized for name in router.down}
 
     # -- roles: the first question that has an answer decides ---------------------------------------------------
@@ -280,6 +282,15 @@ class _Reader:
         layer = self.layer_of(name)
         return name if layer is None else name[len(f"{self.stack}.{layer}.") :]
 
+    def counterpart(self, name: str) -> str:
+        """The name inside the layer, without the number of an expert: what it is called in a model of another shape."""
+        relative = self.relative(name)
+        start = next((f"{e}." for e in self.listed if name.startswith(f"{e}.")), None)
+        if start is None:
+            return relative
+        at = len(start) - (len(name) - len(relative))
+        return f"{relative[:at]}*.{relative[at:].partition('.')[2]}"
+
     def ancestors(self, name: str) -> list[str]:
         """Modules that hold a parameter inside its decoder layer, innermost first, the layer itself left out."""
         if self.layer_of(name) is None:
@@ -331,7 +342,7 @@ class _Reader:
             of=weight,
             offset=name in trace.offset_gains,
             layer=layer,
-            relative=self.relative(name),
+            relative=self.counterpart(name),
             sites=sites,
             head_dim=attention.head_dim if attention else None,
             scaling=attention.scaling if attention else None,
@@ -381,7 +392,7 @@ class _Reader:
         for info in parameters.values():
             if info.layer is not None:
                 members[info.layer].append((info.relative, info.role))
-        return tuple((kind, tuple(sorted(member))) for kind, member in zip(types, members, strict=True))
+        return tuple((kind, tuple(sorted(set(member)))) for kind, member in zip(types, members, strict=True))
 
     def gaps(self) -> dict[str, str]:
         """Sites whose forward multiplier cannot be folded; an error only if the ratio of that axis is not 1."""

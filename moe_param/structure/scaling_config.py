@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.structure.adapters import adapter_for
-from moe_param.structure.dispatch import find_layers, is_experts
+from moe_param.structure.dispatch import find_layers
 from moe_param.structure.observations import Trace
 from moe_param.structure.shape import Shape, ShapeError, measure
 from moe_param.structure.trace import model_class_for, shared_trace
@@ -28,13 +28,17 @@ _HEADS = r"(\w+_)?num_(\w+_)?heads(_per_layer)?|\w+_n_heads|n_heads?|attention_h
 _RANKS = r"[qkvo]+_lora_rank|mamba_dt_rank|mamba_intermediate_size|mamba_d_ssm|\w*latent_size"
 _DEPTH = r"num_hidden_layers|num_layers|n_layers?"
 _LAST_LAYER = r"\w*layer_end_index"
+_LAYER_NUMBERS = r"moe_layers|mlp_only_layers|local_layer_ids"  # lists of the layers that are of a kind
 _EXPERTS = r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts"
-_TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_k|top_k_experts|num_selected_experts|experts_per_token"
+_ZERO_EXPERTS = r"zero_expert_num"  # candidates that compute nothing
+_TOP_K = r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|num_selected_experts|experts_per_token"
 _TOWER_OUT = r"(out|text)_hidden_size|adapter_out_dim"  # of towers beside the text, in composite configs
 _GROUPS = r"n_group"  # of experts, in routers that choose groups first
 _EXPERT_SIZE = r"moe_intermediate_size|expert_intermediate_size|moe_ffn_hidden_size|expert_ffn_hidden_size"
-_SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size"
-_DENSE_SIZE = r"intermediate_size|(\w+_)?dense_intermediate_size|ffn_hidden_size|ffn_dim|n_inner"
+_SHARED_SIZE = r"(moe_)?shared_(expert_|experts_)?intermediate_size|share_expert_dim"
+_DENSE_SIZE = r"intermediate_size|ffn_hidden_size|ffn_dim|n_inner"  # of experts too, where they have none of their own
+_DENSE_ALONE = r"(\w+_)?dense_intermediate_size|intermediate_size_mlp"
+_NESTED = r"attn_config|ffn_config|per_layer_config"  # attributes that hold attributes
 
 
 def scale_config(
@@ -111,7 +115,8 @@ def without_records(config: PretrainedConfig) -> PretrainedConfig:
 class Attributes:
     """The attributes of a config that decide its shape, classified.
 
-    values: all attributes, as `config.to_dict()` gives them. axis_of: attribute -> the size it is scaled with.
+    values: all attributes, as `config.to_dict()` gives them; one inside another is named `ffn_config.moe_top_k`.
+    axis_of: attribute -> the size it is scaled with.
     groups: attributes that count groups of experts, whose number stays. shape: what the config builds.
     """
 
@@ -123,25 +128,25 @@ class Attributes:
     @classmethod
     def read(cls, config: PretrainedConfig, shape: Shape) -> Attributes:
         """Which attribute is scaled with which size, from its name and, where a name is ambiguous, its value."""
-        values = {key: value for key, value in config.to_dict().items() if not key.startswith(RECORDS)}
+        values = {key: value for key, value in _flat(config.to_dict()).items() if not key.startswith(RECORDS)}
         present = [key for key, value in values.items() if _numbers(value)]
-        own_size = any(re.fullmatch(_EXPERT_SIZE, k) and _numbers(values[k])[0] == shape.expert_size for k in present)
+        own_size = any(_named(_EXPERT_SIZE, k) and _numbers(values[k])[0] == shape.expert_size for k in present)
         axis_of: dict[str, str] = {}
         for key in present:
             first = _numbers(values[key])[0]
-            if re.fullmatch(_WIDTH, key) or re.fullmatch(_HEADS, key) or re.fullmatch(_RANKS, key):
+            if any(_named(pattern, key) for pattern in (_WIDTH, _HEADS, _RANKS, _DENSE_ALONE)):
                 axis_of[key] = "width"
             elif shape.dense:
-                axis_of |= {key: "width"} if re.fullmatch(_DENSE_SIZE, key) else {}
-            elif re.fullmatch(_EXPERTS, key) and first == shape.num_experts:
+                axis_of |= {key: "width"} if _named(_DENSE_SIZE, key) else {}
+            elif _named(_ZERO_EXPERTS, key) or (_named(_EXPERTS, key) and first == shape.num_experts):
                 axis_of[key] = "num_experts"
-            elif re.fullmatch(_TOP_K, key) and first == shape.top_k:
+            elif _named(_TOP_K, key) and first == shape.top_k:
                 axis_of[key] = "top_k"
-            elif re.fullmatch(_EXPERT_SIZE, key) or re.fullmatch(_SHARED_SIZE, key):
+            elif _named(_EXPERT_SIZE, key) or _named(_SHARED_SIZE, key):
                 axis_of[key] = "expert_size"
-            elif re.fullmatch(_DENSE_SIZE, key):
+            elif _named(_DENSE_SIZE, key):
                 axis_of[key] = "width" if own_size else "expert_size"
-        groups = tuple(k for k in present if re.fullmatch(_GROUPS, k) and values[k] and not shape.dense)
+        groups = tuple(k for k in present if _named(_GROUPS, k) and values[k] and not shape.dense)
         return cls(values, axis_of, groups, shape)
 
     def target(self, given: Mapping[str, int]) -> Shape:
@@ -209,16 +214,19 @@ class Attributes:
 
 
 def repeat_layers(values: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
-    """The attributes of a config of `old` layers at `new` layers: what has an entry per layer is continued or cut.
+    """`Attributes.values` of `old` layers, nested, at `new` layers: what has an entry per layer is continued or cut.
 
     Raises:
         ShapeError: a layer pattern without a period.
     """
-    repeated = dict(values)
+    repeated = _nested(values)
     if new == old:
         return repeated
-    for key, value in values.items():
-        if isinstance(value, list) and len(value) == old:
+    for key, value in list(repeated.items()):
+        if re.fullmatch(_LAYER_NUMBERS, key) and isinstance(value, list):
+            of_kind = _repattern([layer in value for layer in range(old)], new, key)
+            repeated[key] = [layer for layer in range(new) if of_kind[layer]]
+        elif isinstance(value, list) and len(value) == old:
             repeated[key] = _repattern(value, new, key)
         elif key == "per_layer_config" and value:
             given = {int(layer): entry for layer, entry in value.items()}
@@ -260,7 +268,8 @@ def _verified(
         )
     if new.dense:
         _check_growth(name, trace_of_source, trace, Fraction(new.width, old.width))
-    before, after = (depth - _moe_layers(m) for depth, m in ((old.depth, source), (new.depth, model)))
+    seen = ((old, source, trace_of_source), (new, model, trace))
+    before, after = (shape.depth - _moe_layers(model, trace) for shape, model, trace in seen)
     if after > max(before, math.ceil(before * Fraction(new.depth, old.depth))):
         raise ShapeError(
             f"{name} at depth {new.depth} has {after} layers without experts, the original {before} "
@@ -292,9 +301,41 @@ def _check_growth(name: str, old: Trace, new: Trace, ratio: Fraction) -> None:
             )
 
 
-def _moe_layers(model: PreTrainedModel) -> int:
+def _moe_layers(model: PreTrainedModel, trace: Trace) -> int:
     """Decoder layers with routed experts."""
-    return sum(any(is_experts(m) for m in layer.modules()) for layer in find_layers(model)[1])
+    stack, layers = find_layers(model)
+    experts = [router.experts for router in trace.routers if router.mixes == "mlp"]
+    return sum(any(name.startswith(f"{stack}.{i}.") for name in experts) for i in range(len(layers)))
+
+
+def _named(pattern: str, key: str) -> bool:
+    """Whether an attribute, wherever it stands, has a name of this pattern."""
+    return re.fullmatch(pattern, key.rpartition(".")[2]) is not None
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes inside attributes as `outer.inner`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inside = isinstance(value, dict) and bool(value) and (key.isdigit() or re.fullmatch(_NESTED, key))
+        found |= (
+            {f"{key}.{k}": v for k, v in _flat({str(k): v for k, v in value.items()}).items()}
+            if inside
+            else {key: value}
+        )
+    return found
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `_flat`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *outer, leaf = key.split(".")
+        at = found
+        for name in outer:
+            at = at.setdefault(name, {})
+        at[leaf] = value
+    return found
 
 
 def _numbers(value: Any) -> list[int]:
