@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Collection, Iterable
 from importlib.util import find_spec
@@ -16,22 +17,19 @@ from packaging.version import Version
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+import moe_param
+from moe_param.structure.shape import Shape
+
 ALL_FAMILIES: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent.parent / "recipes" / "evidence" / "coord_check" / "families.json").read_text()
 )
-"""Every family of transformers that uses the experts interface: its classes and a config that trains in seconds."""
+"""Every family of transformers whose experts can be read: its classes and a config that trains in seconds.
+`own_experts` marks those that do not use the experts interface."""
 
-
-def _installed(module: str) -> bool:
-    try:
-        spec = find_spec(module)
-    except ModuleNotFoundError:  # its package is not there either
-        return False
-    return spec is not None and "@use_experts_implementation" in Path(str(spec.origin)).read_text()
-
-
-FAMILIES = {name: entry for name, entry in ALL_FAMILIES.items() if _installed(entry["module"])}
-"""Those that the installed transformers has."""
+AHEAD: dict[str, dict[str, dict[str, Any]]] = json.loads((Path(__file__).parent / "families_ahead.json").read_text())
+"""Facts that a reader of its code finds (see tests/test_families_ahead.py) of each family that the experts interface
+does not explain, by why (`without_interface`: experts of another make; `own`: models of `tests/own_models.py`;
+`encoder_decoder`; `newer`: of a later transformers). Classes and config are here where `ALL_FAMILIES` has none."""
 
 
 def _config(entry: dict[str, Any], **changes: Any) -> PretrainedConfig:
@@ -51,13 +49,27 @@ def _known(entry: dict[str, Any]) -> bool:
 
 
 OLD = Version(transformers.__version__) < Version("5.20")
-if OLD:
-    FAMILIES = {name: entry for name, entry in FAMILIES.items() if _known(entry)}
 
-AHEAD: dict[str, dict[str, dict[str, Any]]] = json.loads((Path(__file__).parent / "families_ahead.json").read_text())
-"""Families whose structure has yet to be read, by why (`without_interface`: experts of another make; `own`: models of
-`tests/own_models.py`; `encoder_decoder`; `newer`: of a later transformers), in the format of `ALL_FAMILIES`, each with
-the facts that a reader of its code finds (see tests/test_families_ahead.py). One that can be read moves over there."""
+
+def _installed(entry: dict[str, Any]) -> bool:
+    try:
+        spec = find_spec(entry["module"])
+    except ModuleNotFoundError:  # its package is not there either
+        return False
+    own = entry.get("own_experts", False)
+    found = spec is not None and (own or "@use_experts_implementation" in Path(str(spec.origin)).read_text())
+    return found and (not OLD or _known(entry))
+
+
+INTERFACE = {name: e for name, e in ALL_FAMILIES.items() if not e.get("own_experts") and _installed(e)}
+"""Those with the experts interface that the installed transformers has."""
+
+
+OWN_EXPERTS = {name: e for name, e in ALL_FAMILIES.items() if e.get("own_experts") and _installed(e)} | AHEAD["own"]
+"""Those whose experts only structure tells: families of the installed transformers, and models of a user's own."""
+
+FAMILIES = INTERFACE | OWN_EXPERTS
+"""Every mixture of experts that can be read here."""
 
 _DENSE = Path(__file__).parent.parent / "recipes" / "evidence" / "coord_check" / "dense_families.json"
 DENSE: dict[str, dict[str, Any]] = {
@@ -111,7 +123,8 @@ def entry_of(family: str) -> dict[str, Any]:
     """What the families files say of a family; skips the test where the installed transformers does not have it."""
     if family in ALL_FAMILIES and family not in FAMILIES:
         pytest.skip(f"transformers {transformers.__version__} has another {family}, or none")
-    return next(entries[family] for entries in (FAMILIES, DENSE, *AHEAD.values()) if family in entries)
+    files = (*AHEAD.values(), DENSE, ALL_FAMILIES)
+    return {key: value for entries in files for key, value in entries.get(family, {}).items()}
 
 
 def classes(family: str) -> tuple[type[PreTrainedModel], type[PretrainedConfig]]:
@@ -156,6 +169,41 @@ def routed(family: str) -> str:
         if not any(seen):
             pytest.skip(f"transformers {transformers.__version__} has another router in {family}, or none")
     return family
+
+
+def inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """What a forward pass over tokens is called with."""
+    takes = inspect.signature(model.forward).parameters.values()
+    cached = any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in takes)
+    return {"input_ids": ids, **({"use_cache": False} if cached else {})}
+
+
+def last(model: PreTrainedModel, out: Any) -> torch.Tensor:
+    """Logits, or the last hidden state of a text model without a head."""
+    found: torch.Tensor = out.logits if model.get_output_embeddings() is not None else out.last_hidden_state
+    return found
+
+
+def output(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return last(model, model(**inputs(model, ids)))
+
+
+def resized(family: str, config: PretrainedConfig, **sizes: int) -> PretrainedConfig:
+    """`scale_config`; by hand for the model whose config has names of its own for its sizes."""
+    if family != "own_stacked":
+        return moe_param.scale_config(config, **sizes, model_class=classes(family)[0])
+    names = {"width": ("n_embd", "n_head"), "depth": ("n_layer",), "num_experts": ("n_exp", "n_act")}
+    names["expert_size"] = ("d_ff",)
+    values = config.to_dict()
+    for axis, size in sizes.items():
+        first = values[names[axis][0]]
+        values |= {name: values[name] * size // first for name in names[axis]}
+    return type(config)(**values)
+
+
+def base_of(family: str, config: PretrainedConfig, shape: Shape) -> Shape | PretrainedConfig:
+    """What `apply` is given as the base: the config, where a shape is not enough (see `resized`)."""
+    return config if family == "own_stacked" else shape
 
 
 def tokens(vocab: int = 128, batch: int = 4, length: int = 16, seed: int = 0) -> torch.Tensor:

@@ -18,12 +18,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models import AHEAD, build, entry_of, tiny_config, tokens
+from tests.models import AHEAD, ALL_FAMILIES, build, entry_of, tiny_config, tokens
 
 
 def present(section: str) -> list[str]:
     """The families of a section that the installed transformers has."""
-    return [name for name, entry in AHEAD[section].items() if _found(entry["module"])]
+    return [name for name, entry in AHEAD[section].items() if _found(ALL_FAMILIES.get(name, entry)["module"])]
 
 
 def _found(module: str) -> bool:

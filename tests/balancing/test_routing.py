@@ -13,7 +13,7 @@ from moe_param import BalanceError, LoadBalancer, RoutingError
 from moe_param.balancing import routing
 from moe_param.balancing.routing import find_routes
 from moe_param.structure.adapters import Adapter, adapter_for
-from tests.models import CORE, FAMILIES, build, routed, tiny_config, tokens
+from tests.models import CORE, INTERFACE, build, routed, tiny_config, tokens
 
 # Why these cannot be balanced; they can be counted.
 REFUSED = {
@@ -29,7 +29,7 @@ NATIVE = {  # the families with a selection bias of their own
     *("glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling", "inkling2", "kimi_linear", "kolibri1", "laguna"),
     *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open"),
 }
-BALANCED = sorted(set(FAMILIES) - set(REFUSED))
+BALANCED = sorted(set(INTERFACE) - set(REFUSED))
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
@@ -98,7 +98,7 @@ def _partly(model: Any) -> LoadBalancer:
     return balancer
 
 
-@pytest.mark.parametrize("family", sorted(set(REFUSED) & set(FAMILIES)))
+@pytest.mark.parametrize("family", sorted(set(REFUSED) & set(INTERFACE)))
 def test_what_cannot_be_balanced_is_refused_and_counted(family: str) -> None:
     model = build(family)
     with pytest.raises(BalanceError, match=f"(?s)no router of this model can be balanced.*{REFUSED[family]}"):
@@ -134,7 +134,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_zero_injected_bias_changes_no_gradient(variant: str, precision: str) -> None:
     family, changes = VARIANTS[variant]
-    if family not in FAMILIES:
+    if family not in INTERFACE:
         pytest.skip("not in this transformers")
     routed(family)
     gradients = []
@@ -162,7 +162,7 @@ GROUPED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", sorted(GROUPED))
 @torch.no_grad()
 def test_group_limits_are_respected(family: str) -> None:
-    if family not in FAMILIES:
+    if family not in INTERFACE:
         pytest.skip("not in this transformers")
     model = build(family, **GROUPED[family], num_experts_per_tok=4).eval()
     before = run(model)
@@ -195,7 +195,7 @@ def test_softmax_routers_are_biased_in_logit_space() -> None:
     assert indices[0, 0] == best.indices[0, 0]
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - NATIVE - set(REFUSED)))
+@pytest.mark.parametrize("family", sorted(set(INTERFACE) - NATIVE - set(REFUSED)))
 def test_what_is_declared_of_a_gate_is_needed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every router is what is declared of it, to the last bit; without its family's entry it is refused."""
     grouped: dict[str, Any] = {

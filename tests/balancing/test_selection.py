@@ -24,10 +24,10 @@ from moe_param.balancing.selection import CONFIG
 from moe_param.training.trainer import MoETrainer
 from moe_param.tuned import build_config
 from tests.balancing.test_routing import INJECTED, NATIVE, REFUSED
-from tests.models import CORE, FAMILIES, build, families, routed, tokens
+from tests.models import CORE, INTERFACE, build, families, routed, tokens
 
 FAMILY = "qwen3_moe"
-ALL = sorted(set(FAMILIES) - NATIVE - set(REFUSED))
+ALL = sorted(set(INTERFACE) - NATIVE - set(REFUSED))
 
 
 def injected(family: str = FAMILY) -> tuple[Any, LoadBalancer]:

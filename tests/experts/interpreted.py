@@ -202,10 +202,10 @@ def every_layout() -> None:
 @check
 def every_family() -> None:
     """The experts classes of transformers against their own eager forward."""
-    from tests.models import FAMILIES, tiny_config
+    from tests.models import INTERFACE, tiny_config
 
     arguments = {"ernie4_5_vl_moe": (24,)}  # one of two expert groups: its size is an argument
-    for family, entry in FAMILIES.items():
+    for family, entry in INTERFACE.items():
         modeling = importlib.import_module(entry["module"])
         config = tiny_config(family).get_text_config()
         classes = [c for c in vars(modeling).values() if inspect.isclass(c) and hasattr(c, "_apply_gate")]
@@ -215,7 +215,7 @@ def every_family() -> None:
             weight = module.down_proj
             x, indices, weights = inputs(module, 2, width=weight.shape[2 if module.is_transposed else 1])
             compare("experts of all families", module, x, indices, weights)
-    NUMBERS["families"] = len(FAMILIES)
+    NUMBERS["families"] = len(INTERFACE)
 
 
 @check
@@ -387,9 +387,9 @@ def sharded() -> None:
 @check
 def models_train_the_same() -> None:
     """Real models, from the name of the implementation to the loss after some steps of AdamW."""
-    from tests.models import FAMILIES, build, tiny_config, tokens
+    from tests.models import INTERFACE, build, tiny_config, tokens
 
-    for family in {"olmoe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"} & FAMILIES.keys():
+    for family in {"olmoe", "mixtral", "gpt_oss", "nemotron_h", "deepseek_v3"} & INTERFACE.keys():
         losses: dict[str, list[float]] = {}
         for implementation in ("eager", "megablocks"):
             model = build(family, tiny_config(family, experts_implementation=implementation))

@@ -71,10 +71,10 @@ def test_interpreted(name: str, interpreted: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("experts, interpreted")
 def test_interpreted_covers_what_it_should(interpreted: dict[str, Any]) -> None:
-    from tests.models import FAMILIES
+    from tests.models import INTERFACE
 
     assert interpreted["results"].keys() == CHECKS.keys()
-    assert interpreted["numbers"]["families"] == len(FAMILIES) > 40
+    assert interpreted["numbers"]["families"] == len(INTERFACE) > 40
     assert 0 < interpreted["numbers"]["32 layouts"] < 1e-6
 
 

@@ -30,12 +30,6 @@ SHAPES = {
     "qwen3-235b-a22b": (4096, 94, 128, 8, 1536, 128),
 }
 
-AHEAD = ("dbrx",)
-"""Sizes that stand in configs inside its config do not scale yet."""
-
-NESTED = pytest.mark.xfail(strict=True, reason="sizes in nested configs")
-EVERY = [pytest.param(name, marks=NESTED) if name in AHEAD else name for name in SHAPES]
-
 
 def test_all_are_tested() -> None:
     assert set(PUBLISHED) == set(SHAPES)
@@ -52,7 +46,7 @@ def test_it_has_the_published_number_of_parameters(name: str) -> None:
     assert text.startswith("# ") and "huggingface.co/" in text, "where its numbers are from"
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", SHAPES)
 def test_it_is_explained_from_a_suggested_base(name: str) -> None:
     suggested = said("base", PUBLISHED[name])
     best = suggested["bases"][suggested["best"]]

@@ -12,6 +12,7 @@ import torch
 
 from moe_param.structure.roles import Structure
 from tests.models import FAMILIES, KeepDouble, families, tokens
+from tests.models import output as output_of
 from tests.structure.test_families import real_model, structure_of
 
 TOKENS, LOSSES, STEP = 3, 4, 30.0
@@ -19,15 +20,17 @@ TOKENS, LOSSES, STEP = 3, 4, 30.0
 
 
 def once(model: Any, structure: Structure) -> Iterator[str]:
-    """The matrices that are trained, one of those that differ in numbers alone (of layer or expert).
+    """The matrices that are trained and used, one of those that differ in numbers alone (of layer or expert).
 
     Convolutions are left out: their shapes do not name what they sum over.
     """
     convolutions = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv1d)}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    each = torch.autograd.grad(output(model).square().sum(), list(parameters.values()), allow_unused=True)
+    trained = {name for name, gradient in zip(parameters, each) if gradient is not None and gradient.any()}
     seen = set()
     for name, info in structure.parameters.items():
-        key = (re.sub(r"\d+", "*", name), info.shape)
+        key = (re.sub(r"\.\d+\.", ".*.", name), info.shape)
         if info.fan_in is None or info.role == "embedding" or name not in trained or key in seen:
             continue
         if name.rpartition(".")[0] not in convolutions:
@@ -37,8 +40,7 @@ def once(model: Any, structure: Structure) -> Iterator[str]:
 
 def output(model: Any) -> torch.Tensor:
     with KeepDouble():
-        out = model(input_ids=tokens(100, 1, TOKENS), use_cache=False)
-    return out.logits if model.get_output_embeddings() is not None else out.last_hidden_state
+        return output_of(model, tokens(100, 1, TOKENS))
 
 
 def gradients(model: Any, names: list[str]) -> dict[str, torch.Tensor]:
@@ -82,13 +84,15 @@ def change(model: Any, weight: torch.Tensor, where: Any, step: torch.Tensor, bef
     return moved
 
 
-def contracted(model: Any, name: str, gradient: torch.Tensor, before: torch.Tensor) -> int | None:
+def contracted(model: Any, name: str, gradient: torch.Tensor, before: torch.Tensor, copies: int) -> int | None:
     """Which of the last two axes of a matrix (or a stack of them) is summed over; None where it cannot be told.
 
     On the axis of the inputs there is a direction that nothing comes in on, and steps on it change nothing. On the
     other one there may be none, or one on which losses are flat: steps are so large that this does not last.
     """
     weight = dict(model.named_parameters())[name]
+    if copies > 1:  # rows of so many experts, one after another
+        weight, gradient = weight.detach().view(copies, -1, weight.shape[-1]), gradient.unflatten(1, (copies, -1))
     where = ()
     while gradient.dim() > 3:  # of a stack, the matrix that was used most
         index = int(gradient.square().flatten(2).sum((0, 2)).argmax())
@@ -115,17 +119,18 @@ def told(family: str, structure: Structure) -> set[str]:
     Raises:
         AssertionError: one that is not.
     """
-    model = real_model(family)
+    model, stacked = real_model(family), structure_of(family)[2].stacked
     names = list(once(model, structure))
     found, before = gradients(model, names), output(model).detach()
     roles = set()
     for name in names:
-        axis = contracted(model, name, found[name], before)
+        info, copies = structure.parameters[name], stacked.get(name, 1)
+        axis = contracted(model, name, found[name], before, copies)
         if axis is not None:
-            info = structure.parameters[name]
-            assert info.fan_in == info.shape[-2:][axis], name
+            sizes = (info.shape[-2] // copies, info.shape[-1])
+            assert info.fan_in == sizes[axis], name
             if info.role.endswith(("_up", "_down")):  # whose rules read it
-                assert info.fan_out == info.shape[-2:][1 - axis], name
+                assert info.fan_out == sizes[1 - axis], name
             roles.add(info.role)
     return roles
 

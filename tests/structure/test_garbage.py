@@ -25,8 +25,8 @@ SEED = os.environ.get("GARBAGE_SEED", "0")
 TOLD = ("expert_up", "expert_down", "dense_up", "dense_down", "shared_up", "shared_down", "attention_out")
 """Roles of matrices whose fan-in `test_fans` can tell in every family."""
 
-NO_CLOSERS = {"inkling2", "muse_spark"}
-"""No weights close their branches, and depth is refused."""
+NO_CLOSERS = {"inkling2", "longcat_flash", "muse_spark"}
+"""No weights close all of their branches, and depth is refused."""
 
 
 def draw(family: str, kind: str, names: list[str]) -> str:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 
 from moe_param import Shape, ShapeError, scale_config
 from moe_param.structure.dispatch import find_layers, is_experts
-from tests.models import CORE, build, tiny_config, tokens
+from tests.models import CORE, build, classes, tiny_config, tokens
 
 # What a family calls its sizes, from its configuration file: experts, top_k, expert size, then what scales with width
 # besides hidden_size and the two head counts, what scales with expert size besides itself, and the head dimension.
@@ -308,3 +308,38 @@ def test_along_moves_what_the_paper_moves() -> None:
         base.along("width", float("inf"))
     with pytest.raises(ShapeError, match="unknown axis 'top_k'"):
         base.along("top_k", 2)
+
+
+# -- families whose sizes stand where others do not have them ----------------------------------------------------------
+@pytest.mark.parametrize(
+    ("family", "sizes", "expected"),
+    [
+        ("dbrx", {"num_experts": 16}, {"ffn_config": {"moe_num_experts": 16, "moe_top_k": 4, "ffn_hidden_size": 40}}),
+        (
+            "dbrx",
+            {"width": 144},
+            {"n_heads": 12, "attn_config": {"kv_n_heads": 6}},
+        ),
+        ("llama4", {"depth": 8}, {"moe_layers": [1, 3, 5, 7], "no_rope_layers": [1, 1, 1, 0] * 2}),
+        ("llama4", {"expert_size": 80}, {"intermediate_size": 80, "intermediate_size_mlp": 88}),
+        ("llama4", {"width": 144}, {"intermediate_size": 40, "intermediate_size_mlp": 176}),
+        ("longcat_flash", {"num_experts": 16}, {"zero_expert_num": 8, "moe_topk": 4}),
+        ("step3p7", {"width": 144}, {"num_sliding_attention_heads": 18, "share_expert_dim": 56}),
+        ("step3p7", {"expert_size": 80}, {"share_expert_dim": 112, "intermediate_size": 88}),
+    ],
+)
+def test_sizes_in_places_of_their_own(family: str, sizes: dict[str, int], expected: dict[str, Any]) -> None:
+    model_class, _ = classes(family)
+    found = scale_config(tiny_config(family), **sizes, model_class=model_class).to_dict()
+    for key, value in expected.items():
+        assert (found[key] if not isinstance(value, dict) else {k: found[key][k] for k in value}) == value
+    if family == "step3p7":  # heads of single layers, an attribute inside an attribute
+        heads = {layer["num_attention_heads"] for layer in found["per_layer_config"].values()}
+        assert heads == {found["num_sliding_attention_heads"]}
+
+
+def test_irregular_layer_numbers_are_not_continued() -> None:
+    config = tiny_config("qwen3_moe", num_hidden_layers=5, mlp_only_layers=[0, 3])
+    with pytest.raises(ShapeError, match=r"mlp_only_layers = .* has no period"):
+        scale_config(config, depth=8)
+    assert scale_config(tiny_config("qwen3_moe", mlp_only_layers=[0]), depth=8).mlp_only_layers == [0]
