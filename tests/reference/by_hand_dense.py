@@ -3,6 +3,8 @@ every token visits, and nothing else changes. Nothing here asks moe_param."""
 
 from __future__ import annotations
 
+from transformers import GPTNeoXForCausalLM
+
 from tests.reference.by_hand import (
     _SIZES,
     ATTENTION,
@@ -151,6 +153,9 @@ GPT2 = Case(
     },
 )
 
+NEOX_HEAD = next(iter(GPTNeoXForCausalLM._tied_weights_keys))
+"""lm_head.weight, which older versions of transformers call embed_out.weight."""
+
 # Attention and MLP stand side by side: one addition to the stream, closed by both.
 GPT_NEOX = Case(
     "gpt_neox",
@@ -159,7 +164,7 @@ GPT_NEOX = Case(
         "gpt_neox.embed_in.weight": Line(1, 1, 1 / N),
         "gpt_neox.final_layer_norm.weight": gain(1, 1 / N),
         "gpt_neox.final_layer_norm.bias": bias(1, 1 / N),
-        "lm_head.weight": Line(1 / N, 1 / N, 1),
+        NEOX_HEAD: Line(1 / N, 1 / N, 1),
         "gpt_neox.layers.*.input_layernorm.weight": gain(1, BLOCK),
         "gpt_neox.layers.*.input_layernorm.bias": bias(1, BLOCK),
         "gpt_neox.layers.*.post_attention_layernorm.weight": gain(1, BLOCK),

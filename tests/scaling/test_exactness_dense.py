@@ -41,8 +41,8 @@ PLACES: dict[str, tuple[dict[str, float], dict[str, float], float]] = {
         1.0,
     ),
     "gpt_neox": (
-        {r".*\.(dense|dense_4h_to_h)\.(weight|bias)": 1 / L, r"lm_head\.weight": 1 / N},
-        {r".*\.layers\.\d+\.(attention|mlp)": 1 / L, "lm_head": 1 / N},
+        {r".*\.(dense|dense_4h_to_h)\.(weight|bias)": 1 / L, r"(lm_head|embed_out)\.weight": 1 / N},
+        {r".*\.layers\.\d+\.(attention|mlp)": 1 / L, "lm_head|embed_out": 1 / N},
         1.0,
     ),
 }

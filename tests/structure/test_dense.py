@@ -89,11 +89,14 @@ def logits(model: Any) -> torch.Tensor:
     return found if bias is None else found - bias
 
 
+SOFTMAXES = (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax)
+
+
 class TwiceTheScores(TorchFunctionMode):
-    """What goes into a softmax, times 2."""
+    """What goes into an attention's softmax, times 2."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax):
+        if func in (*SOFTMAXES, torch.nn.functional.scaled_dot_product_attention):  # whose queries come first
             args = (2.0 * args[0], *args[1:])
         return func(*args, **(kwargs or {}))
 
@@ -107,10 +110,10 @@ def test_the_query_fold_scales_the_attention_logits(family: str) -> None:
     once = logits(model)
     with scaled(model, names, 2.0, offsets(structure)):
         folded = logits(model)
-    owners = [m for m in model.modules() if isinstance(getattr(m, "scaling", None), float)]
-    for module in owners:
+    capped = getattr(model.config, "attn_logit_softcapping", None)  # between the scores and the softmax
+    for module in [m for m in model.modules() if capped and hasattr(m, "scaling")]:
         module.scaling *= 2.0
-    with TwiceTheScores() if not owners else KeepDouble():
+    with TwiceTheScores() if not capped else KeepDouble():
         assert torch.allclose(logits(model), folded, rtol=1e-8, atol=1e-9)
     assert not torch.allclose(folded, once, rtol=1e-3)
 
