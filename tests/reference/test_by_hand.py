@@ -21,7 +21,6 @@ CASES = {**MIXTURES, **DENSE_CASES}
 STD = 1 / 64
 
 AHEAD = {
-    "own_list": "other numbers of experts are other names",
     "opt": "an MLP without a module of its own has no role of its own",
 }
 """Not read yet."""

@@ -116,7 +116,7 @@ class _Hashable(ScalingSpec):
         ("router", {"lr": {}}, "width", "router_logits"),
         ("expert_down", {"lr": {"width": -1}}, "expert_size", "expert_output"),
         ("expert_up", {"lr": {}}, "width", "expert_hidden"),
-        ("attention_in", {"lr": {}}, "width", "attention_output"),
+        ("attention_value", {"lr": {}}, "width", "attention_output"),
     ],
 )
 def test_a_wrong_table_fails_on_the_axis_it_breaks(

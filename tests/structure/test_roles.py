@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import JetMoeConfig, LlamaConfig, LlamaPreTrainedModel, MixtralForCausalLM
+from transformers import DogeConfig, LlamaConfig, LlamaPreTrainedModel, MixtralForCausalLM
 
 import moe_param
 from moe_param import RoleError, Shape, StructureError
@@ -395,6 +395,6 @@ def test_a_model_without_layers_is_refused() -> None:
 
 
 def test_experts_outside_the_interface_are_not_read_as_dense() -> None:
-    config = JetMoeConfig(hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, vocab_size=128)
-    with pytest.raises(StructureError, match="chooses by `topk` in its layers, as routers do"):
+    config = DogeConfig(is_moe=True, num_experts=16, num_experts_per_tok=2, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(StructureError, match=r"chooses 2 of 16 in .* as routers do, and no 16 copies of anything"):
         Shape.from_config(config)
