@@ -14,6 +14,9 @@ from moe_param.structure.laws import InitLaw
 SAMPLE = 2**14
 """Numbers looked at of a randomly initialized parameter, at most."""
 
+_BUILT = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a model may have been built in and cast from since: 0.01 is another number in each."""
+
 
 def loaded(model: PreTrainedModel, kept: Collection[str] = ()) -> str | None:
     """The first parameter outside of `kept` that came out of a checkpoint, by the mark `from_pretrained` leaves on it;
@@ -29,10 +32,11 @@ def loaded(model: PreTrainedModel, kept: Collection[str] = ()) -> str | None:
 def departure(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> str | None:
     """In words, the first parameter whose values are not what its law gives; None where all could be.
 
-    A constant must be that constant in every element: one step of training moves norms and biases, so trained weights
-    are told by them. A random one must have the law's root mean square to 1% and six standard errors, over `SAMPLE`
-    numbers without the zeros of padding. "special" and "kept" laws, empty shards and meta tensors are passed over. What
-    was trained without moving either is not seen: a step in bfloat16 can round to nothing.
+    A constant must be that constant in every element, as some floating-point type has it: one step of training moves
+    norms and biases, so trained weights are told by them. A random one must have the law's root mean square to 1% and
+    six standard errors, over `SAMPLE` numbers without the zeros of padding. "special" and "kept" laws, empty shards and
+    meta tensors are passed over. What was trained without moving either is not seen: a step in bfloat16 can round to
+    nothing.
     """
     for name, parameter in model.named_parameters():
         law = laws[name]
@@ -42,7 +46,7 @@ def departure(model: PreTrainedModel, laws: Mapping[str, InitLaw]) -> str | None
         if values.numel() == 0:
             continue
         if law.kind == "constant":
-            if not (values == torch.tensor(law.value, dtype=values.dtype)).all():
+            if not any((values == torch.tensor(law.value, dtype=built).to(values.dtype)).all() for built in _BUILT):
                 return f"{name} is not {law.value:g} everywhere"
         elif law.kind in RANDOM:
             sample = _sample(values)

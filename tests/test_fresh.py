@@ -103,7 +103,7 @@ def test_a_config_from_a_checkpoint_is_no_loaded_weight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", families(FAMILIES))
 def test_no_false_alarm_on_new_weights_and_none_missed_on_moved_ones(family: str) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
         model: Any = build(family, seed=3)
         model.to(dtype)
         laws = trace_model(type(model), model.config)[1].laws

@@ -18,15 +18,12 @@ from moe_param.structure.roles import Info, Structure
 from tests.models import FAMILIES, families
 from tests.structure import test_families as evidence
 from tests.structure import test_fans as fans
-from tests.structure.test_families import NO_QUERY_FOLD, NOT_IDENTITY, structure_of
+from tests.structure.test_families import NO_CLOSERS, NO_QUERY_FOLD, NOT_IDENTITY, structure_of
 
 SEED = os.environ.get("GARBAGE_SEED", "0")
 
 TOLD = ("expert_up", "expert_down", "dense_up", "dense_down", "shared_up", "shared_down", "attention_out")
 """Roles of matrices whose fan-in `test_fans` can tell in every family."""
-
-NO_CLOSERS = {"inkling2", "longcat_flash", "muse_spark"}
-"""No weights close all of their branches, and depth is refused."""
 
 
 def draw(family: str, kind: str, names: list[str]) -> str:
