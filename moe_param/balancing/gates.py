@@ -112,8 +112,16 @@ def declared_gate(router: nn.Module, top_k: int, entry: Mapping[str, Any] | str)
     )
 
 
+class OutputError(RoutingError):
+    """A router whose output does not tell where tokens go."""
+
+
 def checked(out: Any) -> tuple[torch.Tensor, ...]:
-    """A router's output, if it starts (logits, weights, indices)."""
+    """A router's output, if it starts (logits, weights, indices).
+
+    Raises:
+        OutputError: it does not.
+    """
     if (
         not isinstance(out, tuple)
         or len(out) < 3
@@ -121,5 +129,5 @@ def checked(out: Any) -> tuple[torch.Tensor, ...]:
         or out[2].is_floating_point()
         or out[1].shape != out[2].shape
     ):
-        raise RoutingError("its output does not start (logits, weights, indices), as transformers' routers' do")
+        raise OutputError("its output does not start (logits, weights, indices), as transformers' routers' do")
     return out

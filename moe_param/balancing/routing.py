@@ -18,12 +18,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from moe_param.balancing.gates import Gate, RoutingError, declared_gate
+from moe_param.balancing.gates import Gate, OutputError, RoutingError, declared_gate
 from moe_param.balancing.probe import Probe
 from moe_param.balancing.selection import Selection, selection_of
 from moe_param.optim.groups import plain_name
 from moe_param.structure.adapters import adapter_for
 from moe_param.structure.dispatch import is_experts
+from moe_param.structure.observations import Router
 from moe_param.structure.trace import _quiet, trace_model
 
 
@@ -31,9 +32,9 @@ from moe_param.structure.trace import _quiet, trace_model
 class Route:
     """One routed layer of a model.
 
-    module: the live router. owner, leaf: where its selection bias is (the tensor is looked up each time: FSDP2
-    replaces parameters), None without one. gate: how to repeat the routing with a bias, where one was injected or is
-    asked for.
+    module: the live router. num_experts: what it chooses from, experts that compute nothing included. owner, leaf:
+    where its selection bias is (the tensor is looked up each time: FSDP2 replaces parameters), None without one.
+    gate: how to repeat the routing with a bias, where one was injected or is asked for.
     fixed: why this router cannot be biased, empty where it can.
     """
 
@@ -85,14 +86,12 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
     for router in trace.routers:
         within = f"{router.experts}.".startswith(f"{router.module}.")
         if within or type(skeleton.get_submodule(router.module)) is nn.Linear:
-            raise RoutingError(
-                f"{router.experts} gets its indices from its block, not from a router module: its load cannot be "
-                "counted from outside. Newer versions of transformers give every family a router module: upgrade."
-            )
-        selection = selection_of(live[router.module])
-        found = selection or _examine(skeleton, router.module, router.experts, router.top_k, inject, seen)
-        experts: Any = skeleton.get_submodule(router.experts)
-        route = Route(router.module, live[router.module], int(experts.num_experts), router.top_k)
+            raise _by_itself(router)
+        try:
+            found = selection_of(live[router.module]) or _examine(skeleton, router, inject, seen)
+        except OutputError:
+            raise _by_itself(router) from None
+        route = Route(router.module, live[router.module], router.among, router.top_k)
         if isinstance(found, str):
             route.fixed = found
         elif isinstance(found, Gate):
@@ -109,6 +108,14 @@ def find_routes(model: PreTrainedModel, *, inject: bool = False) -> list[Route]:
     return routes
 
 
+def _by_itself(router: Router) -> RoutingError:
+    return RoutingError(
+        f"{router.experts} gets its indices from its block, not from a router module that returns (logits, weights, "
+        "indices), as those of transformers' experts interface do: its load cannot be counted from outside. In a model "
+        "of your own let such a module choose; otherwise use the model's auxiliary loss."
+    )
+
+
 def check_routed(model: PreTrainedModel, routes: Sequence[Route]) -> None:
     """Refuses to balance a dense model.
 
@@ -119,13 +126,14 @@ def check_routed(model: PreTrainedModel, routes: Sequence[Route]) -> None:
         raise RoutingError(f"{type(model).__name__} is dense: it has no experts to balance or count")
 
 
-def _examine(
-    skeleton: PreTrainedModel, name: str, experts: str, top_k: int, inject: bool, seen: dict[Any, Any]
-) -> tuple[str] | Gate | str:
-    """(full name of the selection bias,), the gate to repeat, or why the router can have neither."""
-    block = experts.rpartition(".")[0]
+def _examine(skeleton: PreTrainedModel, router: Router, inject: bool, seen: dict[Any, Any]) -> tuple[str] | Gate | str:
+    """(full name of the selection bias,), the gate to repeat, or why the router can have neither.
+
+    Raises:
+        OutputError: a router that hands out something else than (logits, weights, indices).
+    """
+    name, block, num_experts = router.module, router.experts.rpartition(".")[0], router.among
     module = skeleton.get_submodule(name)
-    num_experts = int(skeleton.get_submodule(experts).num_experts)  # type: ignore[arg-type]
     candidates = []
     for owner in dict.fromkeys((name, block)):
         holder = skeleton.get_submodule(owner)
@@ -145,10 +153,13 @@ def _examine(
             probe = Probe(module, num_experts)
             seen[key] = probe.native(relative)
             if seen[key] is None and inject:
-                seen[key] = declared_gate(module, top_k, adapter_for(skeleton.config).gate)
+                seen[key] = declared_gate(module, router.top_k, adapter_for(skeleton.config).gate)
                 probe.check(seen[key])
             elif seen[key] is None:
                 seen[key] = "it has no selection bias of its own"
+                probe.run()
+        except OutputError:
+            raise
         except RoutingError as error:
             seen[key] = str(error)
     found = seen[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -105,16 +105,16 @@ def _declared(model: PreTrainedModel, trace: Trace, call: Sent) -> Router:
         module = owners[0]
     members = [name for name in trace.shapes if name.startswith(call.experts + ".")]
     num_experts = int(model.get_submodule(call.experts).num_experts)  # type: ignore[arg-type]
-    return _router(trace, call.experts, module, call.gates, num_experts, call.top_k, members)
+    choice = Choice(call.layer, module, call.gates.weights, num_experts, call.top_k)
+    return _router(trace, call.experts, choice, call.gates, num_experts, members)
 
 
 def _router(
     trace: Trace,
     experts: str,
-    module: str,
+    choice: Choice,
     gates: Origin,
     num_experts: int,
-    top_k: int,
     members: list[str],
 ) -> Router:
     matrices = [name for name in members if name in trace.fan_in]
@@ -128,11 +128,21 @@ def _router(
             f"over {sorted(sizes)}"
         )
     normalized = not {"_softmax", "sum"}.isdisjoint(gates.passed)
-    constant = ONE in gates.passed
     queries = {name for attention in trace.attentions for name in attention.query}
-    mixes = "mlp" if queries.isdisjoint(up) else "attention"
-    size = sizes.pop()
-    return Router(experts, module, gates.weights, num_experts, top_k, size, up, down, normalized, constant, mixes)
+    return Router(
+        experts=experts,
+        module=choice.module,
+        weights=gates.weights,
+        num_experts=num_experts,
+        among=choice.among,
+        top_k=choice.count,
+        size=sizes.pop(),
+        up=up,
+        down=down,
+        normalized=normalized,
+        constant=ONE in gates.passed,
+        mixes="mlp" if queries.isdisjoint(up) else "attention",
+    )
 
 
 # -- by structure ----------------------------------------------------------------------------------------------------
@@ -145,10 +155,10 @@ def _structural(model: PreTrainedModel, trace: Trace) -> Iterator[Router]:
             found = _copies(trace, block, choice)
             if found is not None:
                 experts, num_experts, members = found
-                module = _child_with(block, choice)
+                chosen = replace(choice, module=_child_with(block, choice))
                 passed = (o.passed for o in trace.factors if o.weights & choice.weights)
                 gates = Origin(choice.weights, frozenset().union(*passed))
-                yield _router(trace, experts, module, gates, num_experts, choice.count, members)
+                yield _router(trace, experts, chosen, gates, num_experts, members)
                 break
 
 

@@ -66,7 +66,8 @@ class Router:
 
     experts: the module that holds the experts. module: the one that chooses among them, which is around the experts
     where the block chooses itself. weights: those whose products it chooses by.
-    num_experts, top_k: it chooses top_k of num_experts. size: hidden units of one expert.
+    num_experts, top_k: experts, and how many of them a token visits. among: candidates it chooses from, which are more
+        where some compute nothing. size: hidden units of one expert.
     up, down: parameters of the experts whose products go on to other experts' weights, and those behind them.
     mixes: "mlp", or "attention" where its experts make queries and outputs.
     normalized: its gates pass a sum or a softmax, over whichever experts. constant: over the chosen expert alone, so
@@ -77,6 +78,7 @@ class Router:
     module: str
     weights: frozenset[str]
     num_experts: int
+    among: int
     top_k: int
     size: int
     up: tuple[str, ...]

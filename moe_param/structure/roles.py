@@ -207,7 +207,7 @@ class _Reader:
     def untrained(self, name: str) -> str | None:
         if self.trainable[name]:
             return None
-        counts = {router.num_experts for router in self.trace.routers}
+        counts = {router.among for router in self.trace.routers}
         in_block = any(name.startswith(block + ".") for block in self.blocks)
         return "selection_bias" if in_block and math.prod(self.trace.shapes[name]) in counts else "frozen"
 

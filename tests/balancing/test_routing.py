@@ -13,7 +13,7 @@ from moe_param import BalanceError, LoadBalancer, RoutingError
 from moe_param.balancing import routing
 from moe_param.balancing.routing import find_routes
 from moe_param.structure.adapters import Adapter, adapter_for
-from tests.models import CORE, INTERFACE, build, routed, tiny_config, tokens
+from tests.models import CORE, FAMILIES, INTERFACE, build, routed, tiny_config, tokens
 
 # Why these cannot be balanced; they can be counted.
 REFUSED = {
@@ -26,10 +26,14 @@ PARTLY = {"deepseek_v4": "some of its layers route by a hash of the token"}
 NATIVE = {  # the families with a selection bias of their own
     *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1"),
     *("dots3_note", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe"),
-    *("glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling", "inkling2", "kimi_linear", "kolibri1", "laguna"),
+    *("glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4", "hy_v4_vl", "inkling", "inkling2", "inkling2_loop"),
+    *("kimi_linear", "kolibri1", "laguna", "longcat_flash", "step3p7"),
     *("lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open"),
 }
-BALANCED = sorted(set(INTERFACE) - set(REFUSED))
+BY_ITSELF = {"dbrx", "jetmoe", "llama4", "own_list", "own_stacked"}
+"""Their blocks choose themselves, or their router modules do not say what they chose."""
+
+BALANCED = sorted(set(FAMILIES) - set(REFUSED) - BY_ITSELF)
 SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
@@ -39,7 +43,7 @@ SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def run(model: Any) -> torch.Tensor:
     torch.manual_seed(0)  # some families draw noise
-    out = model(input_ids=tokens(), use_cache=False)
+    out = model(input_ids=tokens(100), use_cache=False)
     return out.logits if "logits" in out else out.last_hidden_state
 
 
@@ -246,3 +250,24 @@ def test_a_block_that_routes_by_itself_is_refused() -> None:
         patch.setattr(family, "Qwen3MoeSparseMoeBlock", Block)
         with pytest.raises(RoutingError, match="from its block"):
             find_routes(build("qwen3_moe", num_experts=6))  # a size of its own: traces are remembered by config
+
+
+@pytest.mark.parametrize("rate", [0.1, 0])
+@pytest.mark.parametrize("family", sorted(BY_ITSELF & set(FAMILIES)))
+def test_families_that_do_not_say_what_they_chose_are_refused(family: str, rate: float) -> None:
+    """When the balancer is made, also where it was only to count."""
+    with pytest.raises(RoutingError, match=r"from its block, not from a router module.*auxiliary loss"):
+        LoadBalancer(build(family), rate=rate, inject=True)
+
+
+def test_experts_that_compute_nothing_are_balanced_with_the_others() -> None:
+    model = build("longcat_flash").train()
+    balancer = LoadBalancer(model, rate=0.1)
+    zero, experts = model.config.zero_expert_num, model.config.n_routed_experts
+    assert balancer.bias.shape == (model.config.num_layers, experts + zero)
+    run(model)
+    balancer.step()
+    for row, route in enumerate(balancer.routes):
+        assert balancer.last_load[row].sum() == pytest.approx(route.top_k)
+        busiest, idlest = balancer.last_load[row].argmax(), balancer.last_load[row].argmin()
+        assert route.module.e_score_correction_bias[busiest] < 0 < route.module.e_score_correction_bias[idlest]

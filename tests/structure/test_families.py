@@ -26,6 +26,7 @@ from tests.models import (
     CORE,
     DENSE,
     FAMILIES,
+    OWN_EXPERTS,
     KeepDouble,
     base_of,
     build,
@@ -205,6 +206,43 @@ def test_closing_weights_scale_their_branch(family: str) -> None:
                 _, tripled = stream(model)[first_moe]
         assert (after - before).abs().max() > 1e-6, branch
         assert torch.allclose(tripled - before, 3.0 * (after - before), rtol=1e-9, atol=1e-10), branch
+
+
+@pytest.mark.parametrize("family", sorted(set(OWN_EXPERTS) - {"jetmoe", "longcat_flash"}))
+def test_twice_as_many_experts_that_are_alike_add_as_much(family: str) -> None:
+    """With all experts the same, twice as many of twice as many add what half of them do: by themselves where gates are
+    normalized, otherwise with the multiplier 1/r_K, wherever the gates stand (in llama4 in front of a nonlinearity)."""
+    one, folded, bare = (added_by_experts(family, factor, fold) for factor, fold in ((1, True), (2, True), (2, False)))
+    assert folded / one == pytest.approx(1.0, rel=0.1)
+    assert bare / one == pytest.approx(2.0 if family in UNNORMALIZED else 1.0, rel=0.1)
+
+
+UNNORMALIZED = {"llama4", "own_stacked"}
+"""Their gates are sigmoids."""
+
+
+def added_by_experts(family: str, factor: int, fold: bool) -> float:
+    """Root mean square of what the experts of the first MoE layer add to the stream, all of them alike."""
+    config, _, _, shape = structure_of(family)
+    target = resized(family, config, num_experts=factor * (shape.num_experts or 0))
+    rules = moe_param.plan(classes(family)[0], target, base_of(family, config, shape)).rules
+    stacked = trace_model(classes(family)[0], target)[1].stacked
+    model = build(family, target).double().eval()
+    structure = read_structure(classes(family)[0], target)
+    names = {name for name, info in structure.parameters.items() if info.role in ("expert_up", "expert_down")}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if structure.parameters[name].role == "embedding":
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0), dtype=p.dtype))
+            if name in names:
+                experts = p.view(stacked.get(name, p.shape[0] if p.dim() == 3 else 1), -1, p.shape[-1])
+                generator = torch.Generator().manual_seed(len(structure.parameters[name].role))
+                alike = 0.3 * torch.randn(experts.shape[1:], generator=generator, dtype=p.dtype)
+                experts.copy_(alike * (rules[name].multiplier if fold else 1.0))
+    layer = min(info.layer or 0 for name, info in structure.parameters.items() if name in names)
+    with scaled(model, [name for name in closers(structure) if name not in names], 0.0, offsets(structure)):
+        before, after = stream(model)[layer]
+    return (after - before).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
