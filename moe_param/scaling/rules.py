@@ -86,7 +86,7 @@ def derive_rules(
         name: _Pair.of(name, base.parameters[counterparts[name]] if name in counterparts else info, info, moved)
         for name, info in target.parameters.items()
     }
-    heads_moved = base.shape.head_dim != target.shape.head_dim or any(
+    heads_moved = base.head_dims != target.head_dims or any(
         p.base.head_dim != p.target.head_dim for p in pairs.values()
     )
     _check_gaps(spec, base, target, moved, heads_moved)

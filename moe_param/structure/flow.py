@@ -15,20 +15,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 
 Degrees = tuple[tuple[str, float], ...]
-"""(name of a parameter, degree) of the parameters that scale a tensor by c**degree when scaled by c together."""
-
-
-def product(a: Degrees, b: Degrees, sign: float = 1.0) -> Degrees:
-    """Degrees of a·b, or of a/b with sign −1; those that cancel are left out."""
-    merged = dict(a)
-    for name, degree in b:
-        merged[name] = merged.get(name, 0.0) + sign * degree
-    return tuple((name, degree) for name, degree in merged.items() if degree)
-
-
-def together(a: Degrees, b: Degrees) -> Degrees:
-    """Degrees of a + b: joint homogeneity, in the parameters of both."""
-    return tuple((dict(a) | dict(b)).items())
+"""(name of a parameter, degree): scaled by c together, they scale a tensor by c**degree. The degree is that of all."""
 
 
 def power(a: Degrees, exponent: float) -> Degrees:
@@ -58,10 +45,14 @@ class Origin:
 
 @dataclass(frozen=True)
 class Weight:
-    """Computed from parameters alone. offset: a constant was added to a parameter (gains of the form 1 + w)."""
+    """Computed from parameters alone.
+
+    offset: a gain of the form 1 + w, whose degree is in 1 + w. of: all parameters it is computed from.
+    """
 
     degrees: Degrees = ()
     offset: bool = False
+    of: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,6 +68,7 @@ class Activation:
         added up.
     inner: the parameters it was homogeneous in before it was normalized.
     factor: the numbers it was multiplied by since the last product with a weight.
+    of: all parameters that it was computed from since the residual stream.
     """
 
     degrees: Degrees = ()
@@ -84,6 +76,7 @@ class Activation:
     inner: tuple[str, ...] = ()
     origin: Origin = Origin()
     factor: float = 1.0
+    of: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,14 +89,10 @@ class Activation:
 
     def plain(self) -> Activation:
         """The same tensor without its meaning: what is left of a stream or of scores after a further operation."""
-        return Activation(self.degrees, self.upstream, self.inner, self.origin, self.factor)
+        return Activation(self.degrees, self.upstream, self.inner, self.origin, self.factor, self.of)
 
     def through(self, *operations: str) -> Activation:
         return replace(self, origin=self.origin.through(*operations))
-
-    def times(self, weight: Degrees) -> Activation:
-        """Multiplied elementwise by a weight: homogeneous in it as well as in what was there before."""
-        return replace(self.plain(), degrees=weight, upstream=self.degrees)
 
 
 @dataclass(frozen=True)
@@ -115,11 +104,14 @@ class Stream(Activation):
 
 @dataclass(frozen=True)
 class Scores(Activation):
-    """Queries times keys: what both are made of (normed: in front of their norms), the contracted size (head_dim)."""
+    """Queries times keys: the parameters that scale each, and the contracted size (head_dim).
+
+    sources: the weights that queries and keys come from, also where they do not scale them.
+    """
 
     query: tuple[str, ...] = ()
     key: tuple[str, ...] = ()
-    normed: tuple[str, ...] = ()
+    sources: tuple[str, ...] = ()
     head_dim: int = 0
 
 
@@ -133,9 +125,17 @@ class Probabilities(Activation):
 Flow = Weight | Activation
 
 
-def weight_sum(flows: Sequence[Weight], *, offset: bool) -> Weight:
-    degrees, _ = joint(flows)
-    return Weight(degrees, offset or any(f.offset for f in flows))
+def times(first: Flow, second: Flow) -> Degrees:
+    """Degrees of a product. What both factors are homogeneous in, they are together. Otherwise the first's degrees are
+    an answer, or else the second's: in each case of what the other factor depends on in no other way."""
+    mine, others = set(first.names), set(second.names)
+    if mine & others:
+        degree = first.degrees[0][1] + second.degrees[0][1]
+        tangled = (others - mine) & first.of or (mine - others) & second.of
+        return tuple((name, degree) for name in dict(first.degrees + second.degrees) if degree and not tangled)
+    if mine and not mine & second.of:
+        return first.degrees
+    return () if others & first.of else second.degrees
 
 
 def activation_sum(flows: Sequence[Flow]) -> Activation:
@@ -152,15 +152,16 @@ def activation_sum(flows: Sequence[Flow]) -> Activation:
 
 
 def joint(flows: Iterable[Flow]) -> tuple[Degrees, Degrees]:
-    """(degrees, upstream) of a sum. Where one term is another one behind a further weight, the common origin."""
+    """(degrees, upstream) of a sum: of terms that are of one degree, and depend on each other's parameters in no other
+    way. Where one term is another one behind a further weight, the common origin."""
     flows = list(flows)
-    if any(not f.degrees and isinstance(f, Activation) for f in flows):
+    if any(not f.degrees for f in flows):
         return (), ()
-    origins = [f.degrees for f in flows]
-    degrees: Degrees = ()
-    upstream: Degrees = ()
-    for flow in flows:
-        earlier = flow.upstream if isinstance(flow, Activation) else ()
-        degrees = together(degrees, earlier if earlier in origins else flow.degrees)
-        upstream = together(upstream, earlier)
-    return degrees, upstream
+    heads = [f.degrees for f in flows]
+    earlier = [f.upstream if isinstance(f, Activation) else () for f in flows]
+    terms = [up if up in heads else head for up, head in zip(earlier, heads, strict=True)]
+    degrees = dict(pair for term in terms for pair in term)
+    tangled = any((degrees.keys() - set(names(term))) & f.of for term, f in zip(terms, flows, strict=True))
+    if tangled or len(set(degrees.values())) > 1:
+        return (), ()
+    return tuple(degrees.items()), tuple(dict(pair for up in earlier for pair in up).items())

@@ -32,7 +32,7 @@ class Branch:
 class Attention:
     """One softmax attention: what its queries, keys and values are made of, and the contracted size (head_dim).
 
-    module: the innermost module that was running. normed: what stands in front of the norms of queries and keys.
+    module: the innermost module that was running. sources: the weights that queries and keys come from.
     scaling: the model's own factor on the products.
     """
 
@@ -40,7 +40,7 @@ class Attention:
     module: str
     query: tuple[str, ...]
     key: tuple[str, ...]
-    normed: tuple[str, ...]
+    sources: tuple[str, ...]
     head_dim: int
     scaling: float
     value: tuple[str, ...] = ()

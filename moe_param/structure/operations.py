@@ -8,14 +8,13 @@ without a handler is an error where its arguments carry something that matters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 from moe_param.structure.flow import (
     Activation,
-    Degrees,
     Flow,
     Origin,
     Probabilities,
@@ -23,10 +22,10 @@ from moe_param.structure.flow import (
     Stream,
     Weight,
     activation_sum,
+    joint,
+    names,
     power,
-    product,
-    together,
-    weight_sum,
+    times,
 )
 from moe_param.structure.observations import Attention, Branch, Choice, Trace
 
@@ -35,8 +34,8 @@ from moe_param.structure.observations import Attention, Branch, Choice, Trace
 class Call:
     """One operation, seen while the model runs.
 
-    op: its name without the underscore of the in-place form. args: as torch dispatches them. known: the flows of those
-    tensors among them that have one; at least one. flow: that of a single argument. trace: where observations go.
+    op: its name without the underscore of the in-place form. args, options: as torch dispatches them. known: the flows
+    of those tensors among them that have one; at least one. flow: that of one argument. trace: where observations go.
     layer, module: the decoder layer (−1 before the first) and the innermost module that are running.
     """
 
@@ -48,6 +47,7 @@ class Call:
     layer: int = -1
     module: str = ""
     normed_stream: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, index: int) -> Flow | None:
         return self.flow(self.args[index]) if len(self.args) > index else None
@@ -70,40 +70,37 @@ class UnknownOperation(Exception):
 
 
 def result_of(call: Call) -> Flow:
-    """The flow of an operation's result.
+    """The flow of an operation's result. The residual stream aside, it is of all parameters its arguments are of.
 
     Raises:
         UnknownOperation: no handler, and a parameter or the residual stream would be lost track of.
     """
-    handler = HANDLERS.get(call.op)
-    if handler is not None:
-        return handler(call)
-    if any(f.degrees or isinstance(f, Stream) for f in call.known):
+    handler = HANDLERS.get(call.op, nonlinear)
+    if call.op not in HANDLERS and any(f.degrees or isinstance(f, Stream) for f in call.known):
         raise UnknownOperation(
             f"the operation {call.op!r} in {call.module or 'the model'} is not known to moe_param, so what it does to "
             f"{', '.join(sorted({n for f in call.known for n in f.names})) or 'the residual stream'} cannot be told: "
             "add a handler to moe_param/structure/operations.py"
         )
-    return nonlinear(call)
+    flow = handler(call)
+    return flow if isinstance(flow, Stream) else replace(flow, of=frozenset().union(*(f.of for f in call.known)))
 
 
 # -- sums and rearrangements -----------------------------------------------------------------------------------------
 @operation(
-    *("transpose", "t", "permute", "movedim", "expand", "slice"),
-    *("select", "split", "split_with_sizes", "unbind", "chunk", "clone", "_to_copy", "alias", "detach", "index"),
-    *("gather", "index_select", "masked_select", "take_along_dim", "unsqueeze", "squeeze", "repeat", "roll", "flip"),
-    *("constant_pad_nd", "triu", "tril", "contiguous", "neg", "abs", "unfold", "as_strided", "repeat_interleave"),
-    *("lift_fresh", "lift_fresh_copy", "view_as_complex", "view_as_real", "_conj", "diagonal", "view_copy"),
-    *("expand_copy", "sort", "mean", "native_dropout"),
-    *("sub", "rsub", "cat", "stack", "where", "index_add", "scatter_add", "scatter", "scatter_reduce", "masked_fill"),
-    *("masked_scatter", "copy", "index_put", "slice_scatter", "select_scatter", "as_strided_scatter", "lerp"),
+    *("transpose", "t", "permute", "expand", "slice", "select", "split", "split_with_sizes", "unbind", "diagonal"),
+    *("unsqueeze", "squeeze", "repeat", "roll", "flip", "unfold", "as_strided", "constant_pad_nd", "triu", "tril"),
+    *("clone", "_to_copy", "alias", "detach", "view_as_complex", "view_as_real", "_conj", "neg", "abs", "sort"),
+    *("index", "gather", "index_select", "masked_select", "mean", "native_dropout", "cat", "stack", "where"),
+    *("index_add", "scatter_add", "scatter", "scatter_reduce", "masked_fill", "masked_scatter", "copy", "index_put"),
 )
 def combine(call: Call) -> Flow:
     """The result is a sum of the arguments, or one of them, possibly rearranged."""
-    if all(isinstance(f, Weight) for f in call.known):
-        return weight_sum([f for f in call.known if isinstance(f, Weight)], offset=False)
     if len(call.known) == 1:
         return call.known[0]
+    weights = [f for f in call.known if isinstance(f, Weight)]
+    if len(weights) == len(call.known):
+        return Weight(joint(weights)[0], any(f.offset for f in weights))
     streams = [f for f in call.known if isinstance(f, Stream)]
     if not streams:
         return activation_sum(call.known)
@@ -113,7 +110,7 @@ def combine(call: Call) -> Flow:
     return Stream(origin=origin, scaled=any(f.scaled for f in streams))
 
 
-@operation("view", "_unsafe_view", "reshape", "_reshape_alias")
+@operation("view", "_unsafe_view")
 def view(call: Call) -> Flow:
     """A matrix that is viewed as a stack of matrices may hold one per expert."""
     flow, sizes = call.known[0], call.args[1]
@@ -123,14 +120,16 @@ def view(call: Call) -> Flow:
     return combine(call)
 
 
-@operation("add")
+@operation("add", "sub", "rsub")
 def add(call: Call) -> Flow:
-    """Additions to the residual stream are branches; a constant added to a parameter makes it an offset gain."""
-    if all(isinstance(f, Weight) for f in call.known):
-        shifted = any(isinstance(a, (int, float)) and a != 0 for a in call.args[:2])
-        return weight_sum([f for f in call.known if isinstance(f, Weight)], offset=shifted)
+    """Additions to the residual stream are branches; a parameter plus 1 is an offset gain."""
     streams = [f for f in call.known if isinstance(f, Stream)]
-    if not streams:
+    number = next((a for a in call.args[:2] if isinstance(a, (int, float))), 0.0)
+    if abs(number) > _EPSILON and not streams:
+        flow = call.known[0]
+        gain = isinstance(flow, Weight) and not flow.offset and (call.op, number) == ("add", 1)
+        return Weight(flow.degrees, offset=True) if gain else nonlinear(call)
+    if not streams or call.op != "add":
         return combine(call)
     for flow in call.known:
         if not isinstance(flow, Stream):
@@ -138,6 +137,10 @@ def add(call: Call) -> Flow:
             inner = flow.inner if isinstance(flow, Activation) else ()
             call.trace.branches.append(Branch(call.layer, flow.names, inner, homogeneous))
     return Stream(scaled=any(f.scaled for f in streams))
+
+
+_EPSILON = 1e-2
+"""Numbers up to this are added for numerical safety and change no degree."""
 
 
 @operation("sum", "cumsum")
@@ -153,10 +156,10 @@ def multiply(call: Call) -> Flow:
     if a is None or b is None:
         return _times_constant(call.known[0], call.args[1 if b is None else 0])
     if isinstance(a, Weight) and isinstance(b, Weight):
-        return Weight(product(a.degrees, b.degrees), offset=a.offset or b.offset)
+        return _weights(call, a, b)
     if isinstance(a, Weight) or isinstance(b, Weight):
         return _gain(call, *_weight_and_activation(a, b))
-    return _factors(call, a, b)
+    return _mixed_stream(call, a, b) or _factors(call, a, b)
 
 
 @operation("div")
@@ -170,13 +173,14 @@ def divide(call: Call) -> Flow:
         return inverse
     if isinstance(b, Weight):
         return multiply(replace(call, args=(a, inverse), flow=lambda flow: flow))
+    assert isinstance(inverse, Activation)
     if isinstance(a, Weight):
-        return Activation(product(a.degrees, b.degrees, -1.0), inner=b.inner, origin=b.origin)
+        return Activation(times(a, inverse), inner=b.inner, origin=inverse.origin)
     call.trace.factors |= {a.origin, b.origin}
-    return _normalized(a, b, -1.0)
+    return _factors(call, a, inverse)
 
 
-@operation("mm", "bmm", "mv", "dot", "_grouped_mm", "addmm", "baddbmm", "addbmm", "addmv", "convolution")
+@operation("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addbmm", "addmv", "convolution")
 def contract(call: Call) -> Flow:
     """A sum over products. The first argument of addmm and its kin is a bias; a convolution's is its third."""
     biased = call.op in ("addmm", "baddbmm", "addbmm", "addmv")
@@ -184,19 +188,46 @@ def contract(call: Call) -> Flow:
     bias = call.at(0) if biased else (call.at(2) if call.op == "convolution" else None)
     a, b = call.flow(left), call.flow(right)
     if a is None or b is None:
-        known = a or b or bias
-        assert known is not None
-        return known.plain() if isinstance(known, Stream) else _times_constant(known, None)
-    if isinstance(a, Weight) and isinstance(b, Weight):
-        return Weight(product(a.degrees, b.degrees), offset=a.offset or b.offset)
-    if isinstance(a, Activation) and isinstance(b, Activation):
-        return _attention(call, a, b, int(left.shape[-1]))
-    weight, activation = _weight_and_activation(a, b)
-    _record_product(call, weight, activation, _fans(call.op, left, right, isinstance(a, Weight)))
+        found: Flow | None = a or b
+        found = found.plain() if isinstance(found, Stream) else found
+    elif isinstance(a, Weight) and isinstance(b, Weight):
+        found = _weights(call, a, b)
+    elif isinstance(a, Activation) and isinstance(b, Activation):
+        found = _times_constant(_attention(call, a, b, int(left.shape[-1])), call.options.get("alpha", 1))
+    else:
+        weight, activation = _weight_and_activation(a, b)
+        _record_product(call, weight, activation, _fans(call.op, left, right, isinstance(a, Weight)))
+        found = _matrix(weight, activation)
+    if bias is None or found is None:
+        return call.known[0] if found is None else found
+    return add(replace(call, op="add", args=(bias, found), known=(bias, found), flow=lambda flow: flow))
+
+
+def _matrix(weight: Weight, activation: Activation) -> Activation:
     if not weight.degrees:  # a weight behind a nonlinearity (a gate, a decay): a constant for our purpose
         return activation.plain()
-    degrees = together(weight.degrees, bias.degrees) if isinstance(bias, Weight) else weight.degrees
-    return Activation(degrees, activation.degrees, origin=Origin(frozenset(weight.names)))
+    upstream = () if weight.of & set(activation.names) else activation.degrees
+    origin, of = Origin(frozenset(weight.names)), weight.of | activation.of
+    return Activation(times(weight, activation), upstream, origin=origin, of=of)
+
+
+def _weights(call: Call, a: Weight, b: Weight) -> Weight:
+    """A product of weights."""
+    degrees = times(*_best_first(call, a, b))
+    return Weight(degrees, any(f.offset for f in (a, b) if set(f.names) & {name for name, _ in degrees}))
+
+
+def _best_first(call: Call, a: Any, b: Any) -> tuple[Any, Any]:
+    """Factors before divisors, matrices before scales."""
+
+    def rank(flow: Flow) -> tuple[bool, int]:
+        return _multiplies(flow), max((len(call.trace.shapes[n]) for n in flow.names), default=0)
+
+    return (a, b) if rank(a) >= rank(b) else (b, a)
+
+
+def _multiplies(flow: Flow) -> bool:
+    return bool(flow.degrees) and flow.degrees[0][1] > 0
 
 
 def _weight_and_activation(a: Flow, b: Flow) -> tuple[Weight, Activation]:
@@ -209,7 +240,7 @@ def _weight_and_activation(a: Flow, b: Flow) -> tuple[Weight, Activation]:
 
 def _times_constant(flow: Flow, constant: Any) -> Flow:
     if isinstance(flow, Weight):
-        return Weight(flow.degrees)
+        return flow
     if isinstance(flow, Stream):
         return Stream(origin=flow.origin, scaled=True)
     return replace(flow, factor=flow.factor * constant) if isinstance(constant, (int, float)) else flow
@@ -219,19 +250,13 @@ def _gain(call: Call, weight: Weight, activation: Activation) -> Flow:
     """A weight times an activation, elementwise: the gain of a norm where the activation has just been normalized."""
     if activation.normalized:
         call.trace.gains.update(weight.names)
-        if weight.offset:
-            call.trace.offset_gains.update(weight.names)
+    if weight.offset:
+        call.trace.offset_gains.update(weight.names)
     if isinstance(activation, Stream):
         return replace(activation, degrees=weight.degrees, scaled=True)
-    return activation.times(weight.degrees) if weight.degrees else activation.plain()
-
-
-def _factors(call: Call, a: Activation, b: Activation) -> Activation:
-    """Two activations, elementwise."""
-    mixed = _mixed_stream(call, a, b)
-    if mixed is not None:
-        return mixed
-    return _normalized(a, b, 1.0) if set(a.names) & set(b.names) else _led(call, a, b)
+    if not _multiplies(weight):
+        return replace(activation.plain(), degrees=times(activation, weight))
+    return replace(activation.plain(), degrees=times(weight, activation), upstream=activation.degrees)
 
 
 def _mixed_stream(call: Call, a: Activation, b: Activation) -> Stream | None:
@@ -247,17 +272,16 @@ def _mixed_stream(call: Call, a: Activation, b: Activation) -> Stream | None:
     return Stream(origin=Origin(passed=frozenset({"rsqrt"} if normalizes else ())), scaled=True)
 
 
-def _normalized(a: Activation, b: Activation, sign: float) -> Activation:
-    """A normalization: the degrees of what an activation is divided by cancel its own."""
-    degrees = product(a.degrees, b.degrees, sign)
-    inner = a.inner + b.inner if degrees else a.names + a.inner
-    return Activation(degrees, inner=inner, origin=a.origin | b.origin)
-
-
-def _led(call: Call, a: Activation, b: Activation) -> Activation:
-    """Linear in each factor, so that either's degrees will do; matrices come before scales."""
-    lead = max((a, b), key=lambda f: max((len(call.trace.shapes[n]) for n in f.names), default=0))
-    return Activation(lead.degrees, lead.upstream, lead.inner, a.origin | b.origin)
+def _factors(call: Call, a: Activation, b: Activation) -> Activation:
+    """Two activations, elementwise or summed over. In a normalization their degrees cancel."""
+    lead, other = _best_first(call, a, b)
+    degrees, origin = times(lead, other), a.origin | b.origin
+    if not degrees or not set(a.names).isdisjoint(b.names):
+        return Activation(degrees, inner=a.inner + b.inner if degrees else a.names + a.inner, origin=origin)
+    if degrees != lead.degrees:
+        lead, other = other, lead
+    upstream = () if other.of & set(names(lead.upstream)) else lead.upstream
+    return Activation(degrees, upstream, lead.inner, origin)
 
 
 def _attention(call: Call, a: Activation, b: Activation, contracted: int) -> Activation:
@@ -265,7 +289,7 @@ def _attention(call: Call, a: Activation, b: Activation, contracted: int) -> Act
     mixed = _mixed_stream(call, a, b)
     if mixed is not None:
         return mixed
-    found = _normalized(a, b, 1.0) if set(a.names) & set(b.names) else _led(call, a, b)
+    found = _factors(call, a, b)
     probabilities = next((f for f in (a, b) if isinstance(f, Probabilities)), None)
     if probabilities is not None:
         seen = call.trace.attentions[probabilities.attention]
@@ -274,7 +298,8 @@ def _attention(call: Call, a: Activation, b: Activation, contracted: int) -> Act
         call.trace.attentions[probabilities.attention] = replace(seen, value=value)
         return found
     scores = replace(found, factor=a.factor * b.factor)
-    return Scores(**vars(scores), query=a.names, key=b.names, normed=a.inner + b.inner, head_dim=contracted)
+    sources = (*a.inner, *b.inner, *sorted(found.origin.weights))
+    return Scores(**vars(scores), query=a.names, key=b.names, sources=sources, head_dim=contracted)
 
 
 def _record_product(call: Call, weight: Weight, activation: Activation, fans: tuple[int, int]) -> None:
@@ -297,7 +322,7 @@ def _fans(op: str, left: Any, right: Any, weight_left: bool) -> tuple[int, int]:
 
 
 # -- norms and powers ------------------------------------------------------------------------------------------------
-_NORMS = {"native_layer_norm": (2, 3), "_fused_rms_norm": (2, None), "native_group_norm": (1, 2)}
+_NORMS = {"native_layer_norm": (2, 3), "native_group_norm": (1, 2)}
 """Operation -> positions of gain and bias among its arguments."""
 
 
@@ -307,14 +332,14 @@ def norm(call: Call) -> Flow:
     if isinstance(flow, Weight):
         return Weight()
     gain_at, bias_at = _NORMS[call.op]
-    gain, bias = call.at(gain_at), call.at(bias_at) if bias_at is not None else None
+    gain, bias = call.at(gain_at), call.at(bias_at)
     inner = flow.names + flow.inner
     if not isinstance(gain, Weight):
         return Activation(inner=inner, origin=flow.origin.through("rsqrt"))
     call.trace.gains.update(gain.names)
     if gain.offset:
         call.trace.offset_gains.update(gain.names)
-    degrees: Degrees = together(gain.degrees, bias.degrees) if isinstance(bias, Weight) else gain.degrees
+    degrees, _ = joint([gain, bias] if isinstance(bias, Weight) else [gain])
     return Activation(degrees, inner=inner, origin=flow.origin)
 
 
@@ -324,25 +349,22 @@ def raised(call: Call) -> Flow:
     return _power(call.known[0], float(exponent), "pow") if isinstance(exponent, (int, float)) else nonlinear(call)
 
 
-_ROOTS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "square": 2.0}
+_POWERS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0, "var": 2.0, "std": 1.0, "linalg_vector_norm": 1.0}
 
 
-@operation(*_ROOTS)
+@operation(*_POWERS)
 def root(call: Call) -> Flow:
-    return _power(call.known[0], _ROOTS[call.op], call.op)
+    return _power(call.known[0], _POWERS[call.op], call.op)
 
 
 def _power(flow: Flow, exponent: float, op: str) -> Flow:
+    """In `Origin.passed` every root, length and deviation is "sqrt", and what is divided by one "rsqrt"."""
     degrees = power(flow.degrees, exponent)
     if isinstance(flow, Weight):
-        return Weight(degrees)
-    return Activation(degrees, origin=flow.origin.through("rsqrt" if exponent == -0.5 else op))
-
-
-@operation("linalg_vector_norm")
-def length(call: Call) -> Flow:
-    flow = call.known[0]
-    return flow if isinstance(flow, Weight) else flow.plain()
+        return replace(flow, degrees=degrees)
+    rooted = exponent == 0.5 or op in ("std", "linalg_vector_norm")
+    inverse = exponent == -0.5 or (exponent < 0 and "sqrt" in flow.origin.passed)
+    return Activation(degrees, origin=flow.origin.through("rsqrt" if inverse else "sqrt" if rooted else op), of=flow.of)
 
 
 # -- lookups, choices, softmax ---------------------------------------------------------------------------------------
@@ -382,7 +404,7 @@ def softmax(call: Call) -> Flow:
     scores = next((f for f in call.known if isinstance(f, Scores)), None)
     if scores is None:
         return flow
-    seen = Attention(call.layer, call.module, scores.query, scores.key, scores.normed, scores.head_dim, scores.factor)
+    seen = Attention(call.layer, call.module, scores.query, scores.key, scores.sources, scores.head_dim, scores.factor)
     call.trace.attentions.append(seen)
     return Probabilities(origin=flow.origin, attention=len(call.trace.attentions) - 1)
 
@@ -411,7 +433,7 @@ def cap(call: Call) -> Flow:
     *("silu", "gelu", "relu", "sigmoid", "softplus", "elu", "leaky_relu", "hardswish", "hardsigmoid", "mish"),
     *("hardtanh", "log_sigmoid_forward", "glu", "erf", "exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos"),
     *("clamp", "clamp_min", "clamp_max", "minimum", "min", "amax", "amin", "cummax", "sign", "floor"),
-    *("round", "ceil", "logsumexp", "_log_softmax", "logcumsumexp", "prod", "cumprod", "var", "var_mean", "std"),
+    *("round", "ceil", "logsumexp", "_log_softmax", "logcumsumexp", "prod", "cumprod", "var_mean"),
     *("nan_to_num", "linalg_solve_triangular", "linalg_inv_ex", "polar", "bernoulli", "remainder", "threshold"),
 )
 def nonlinear(call: Call) -> Flow:

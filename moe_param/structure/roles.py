@@ -71,6 +71,7 @@ class Structure:
     kinds: per decoder layer, what it consists of; layers of one kind correspond to each other across models.
     gaps: site -> why the forward multiplier of that site has no parameter to go into.
     constant_gates: names of the experts modules whose router cannot learn (see `check_routers`).
+    head_dims: the contracted sizes of query·key of all layers.
     """
 
     model_class: type[PreTrainedModel]
@@ -80,6 +81,7 @@ class Structure:
     kinds: tuple[Any, ...]
     gaps: dict[str, str] = field(default_factory=dict)
     constant_gates: tuple[str, ...] = ()
+    head_dims: frozenset[int] = frozenset()
 
 
 def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig, only: str | None = None) -> Structure:
@@ -112,7 +114,9 @@ def read_structure(model_class: type[PreTrainedModel], config: PretrainedConfig,
     kinds = reader.kinds(parameters, config)
     constant = tuple(router.experts for router in trace.routers if router.constant)
     routers = tuple(sorted(reader.routers))
-    return Structure(model_class, measure(model, trace), parameters, routers, kinds, reader.gaps(), constant)
+    head_dims = frozenset(attention.head_dim for attention in trace.attentions)
+    shape, gaps = measure(model, trace), reader.gaps()
+    return Structure(model_class, shape, parameters, routers, kinds, gaps, constant, head_dims)
 
 
 def _unknown_roles(
@@ -185,7 +189,7 @@ class _Reader:
         self.ends = {name for branch in trace.branches for name in (*branch.closers, *branch.inner)}
         self.queries = {n: a for a in trace.attentions for n in a.query if n not in a.key}
         self.keys = {name for attention in trace.attentions for name in attention.key}
-        made = {name for a in trace.attentions for name in (*a.query, *a.key, *a.normed)}
+        made = {name for a in trace.attentions for name in (*a.query, *a.key, *a.sources)}
         self.values = {name for attention in trace.attentions for name in attention.value} - made
         self.attention_blocks = {self.holding_matrices(a.module, a.layer) for a in trace.attentions}
         self.routers = {router.module for router in trace.routers}
@@ -427,11 +431,11 @@ class _Reader:
         return None
 
     def query_gap(self) -> str | None:
+        if "head_dim" in self.adapter.refuse:
+            return self.adapter.refuse["head_dim"]
         mute = sorted({a.layer for a in self.trace.attentions if not a.query})
         if mute:
             return f"no weight scales the queries of layers {mute}"
-        if "head_dim" in self.adapter.refuse:
-            return self.adapter.refuse["head_dim"]
         fused = sorted({a.layer for a in self.trace.attentions if set(a.query) & set(a.key)})
         if fused:
             return f"one weight makes queries and keys in layers {fused}"

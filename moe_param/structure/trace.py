@@ -81,7 +81,7 @@ class Watcher(TorchDispatchMode):
         # What is written in place (copies into an empty tensor) is found by the storage it is a view of.
         self.written: dict[int, tuple[Any, Flow]] = {}
         for name, parameter in model.named_parameters():
-            self.set(parameter, Weight(((name, 1.0),)))
+            self.set(parameter, Weight(((name, 1.0),), of=frozenset({name})))
 
     def flow(self, value: Any) -> Flow | None:
         """That of a tensor; None for constants, and for whole numbers and masks, which select and do not scale."""
@@ -112,8 +112,8 @@ class Watcher(TorchDispatchMode):
             self.trace.used.update(flow.names)
         if op not in HANDLERS and not any(t.is_floating_point() for t in tensors(out)):
             return out  # a comparison: what it selects is not scaled by it
-        module, normed_stream = self.running[-1], self.adapter.normed_stream
-        flow = result_of(Call(op, args, tuple(known), self.flow, self.trace, self.layer, module, normed_stream))
+        where = (self.trace, self.layer, self.running[-1], self.adapter.normed_stream)
+        flow = result_of(Call(op, args, tuple(known), self.flow, *where, options=kwargs))
         self.set(out, flow)
         if in_place and not isinstance(flow, Weight):
             self.written[storage(args[0])] = (args[0], flow)

@@ -63,6 +63,7 @@ NOT_IDENTITY = {
     "beam": "its constants rescale the stream",
     "minimax": "the residual is the normalized stream",
     "muse_spark": "learned gates rescale the stream, and no weight closes a branch",
+    "longcat_flash": "its zero experts add the normalized stream",
     **dict.fromkeys(("inkling2", "inkling2_loop"), "its residual is an attention over earlier layers"),
 }
 
@@ -269,6 +270,7 @@ NO_QUERY_FOLD = {
     "axk2": "one matrix makes queries and output gates",
     "dbrx": "no weight scales the queries",  # clamped behind the projection
     "deepseek_v4": "no weight scales the queries",  # normed without a gain
+    "inkling2": "no weight scales the queries",  # scaled, and then clipped at a length
     "llama4": "no weight scales the queries",  # normed without a gain
     "muse_spark": "no weight scales the queries",  # normed without a gain
     "zaya": "share their convolutions",
