@@ -20,7 +20,7 @@ from moe_param.parameterization import Parameterization
 from moe_param.record import check_plain, check_shapes
 from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
-from moe_param.structure.dispatch import text_part
+from moe_param.structure.dispatch import is_experts, text_part
 from moe_param.structure.roles import LEFT_ALONE, check_routers, read_structure
 from moe_param.structure.scaling_config import scale_config, with_text
 from moe_param.structure.shape import Shape, ShapeError
@@ -111,8 +111,7 @@ def apply(
     Adam; arXiv:2601.20205, D.1). At `base_shape` everything is as transformers has it, with one learning rate.
 
     Args:
-        model: any Hugging Face model with real weights that is dense or whose experts use transformers' experts
-            interface.
+        model: any Hugging Face decoder with real weights, dense or a mixture of experts.
         base_shape: the shape the numbers were tuned at, or the base config, or the path of the YAML file that
             `moe-param tune` wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its
             learning rate, betas, epsilon and decay are in the result's `tuned`.
@@ -134,7 +133,8 @@ def apply(
             gradients do not depend on the size of the weights they are for. No theory says how such a run transfers.
             True takes the folded rates; the default does too, with a warning where the model has no record of folds.
         experts: an implementation for transformers' experts interface; "auto" takes "megablocks" where it is usable
-            on the model's device and otherwise leaves transformers' choice, as None does.
+            on the model's device and otherwise leaves transformers' choice, as None does. Experts of another make
+            compute themselves, and naming an implementation is an error.
         allow_sparsity_change: warn instead of raising where top_k / num_experts differs from the base.
         only: "text" leaves the other towers of a model alone (vision, audio, their projectors): their weights and
             buffers stay, pretrained or not, and the optimizer gets them with the base's learning rate, epsilon and (on
@@ -280,12 +280,18 @@ def _choose_experts(model: PreTrainedModel, experts: str | None) -> str | None:
 
     from moe_param.experts.megablocks import is_available
 
+    interface = any(is_experts(module) for module in model.modules())
     if experts == "auto":
-        return "megablocks" if model.device.type == "cuda" and is_available() else None
+        return "megablocks" if interface and model.device.type == "cuda" and is_available() else None
     if experts not in ("eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()):
         valid = ", ".join(["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())])
         raise ParameterizationError(f"unknown experts implementation {experts!r} (valid: {valid}, auto)")
-    return experts
+    if experts != "eager" and not interface:
+        raise ParameterizationError(
+            f"{type(model).__name__} has no experts of transformers' experts interface, which {experts!r} needs: leave "
+            "experts=None, or give the class of its experts transformers' decorator `use_experts_implementation`"
+        )
+    return experts if interface else None
 
 
 def _set_experts(model: PreTrainedModel, backend: str) -> None:

@@ -22,7 +22,7 @@ class ListConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 112,
+        vocab_size: int = 128,
         hidden_size: int = 72,
         num_hidden_layers: int = 4,
         num_attention_heads: int = 6,
@@ -139,7 +139,7 @@ class StackedConfig(PretrainedConfig):
 
     def __init__(
         self,
-        vocab_size: int = 112,
+        vocab_size: int = 128,
         n_embd: int = 72,
         n_layer: int = 4,
         n_head: int = 6,

@@ -304,6 +304,12 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] =
         moe_param.WeightsError,
         r"Inner\._init_weights leaves model\..* unwritten.*let it initialize the \w+ of NemotronHMamba2Mixer",
     ),
+    "an implementation for experts that are not transformers'": (
+        partial(build, "own_list"),
+        {"base_shape": partial(tiny_config, "own_list"), "experts": "megablocks"},
+        ParameterizationError,
+        "ListLM has no experts of transformers' experts interface, which 'megablocks' needs",
+    ),
     "unknown experts implementation": (mixtral, {"experts": "megablock"}, ParameterizationError, "'megablock'"),
 }
 

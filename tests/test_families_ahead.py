@@ -62,28 +62,28 @@ def output(model: Any, batch: torch.Tensor) -> torch.Tensor:
 def test_it_trains(family: str) -> None:
     model = build(family).train()
     batch, sizes = tokens(100), facts_of(family)["sizes"]
-    head = torch.randn(sizes["width"], 112, generator=torch.Generator().manual_seed(1)) / 8
+    head = torch.randn(sizes["width"], 128, generator=torch.Generator().manual_seed(1)) / 8
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(3):
         logits = output(model, batch)
-        logits = logits if logits.shape[-1] == 112 else logits @ head
+        logits = logits if logits.shape[-1] == 128 else logits @ head
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0] < 1.5 * math.log(112)
+    assert losses[-1] < losses[0] < 1.5 * math.log(128)
 
 
 @pytest.mark.parametrize("family", NAMES)
 def test_the_facts_are_those_of_its_tensors(family: str) -> None:
     facts, model = facts_of(family), build(family)
     sizes = facts["sizes"]
-    main = [sizes[s] for s in ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim")] + [112]
+    main = [sizes[s] for s in ("width", "depth", "num_experts", "top_k", "expert_size", "head_dim")] + [128]
     assert len(set(main)) == len(main), "sizes that coincide would hide a mix-up"
     assert len(model.get_submodule(facts["stack"])) == sizes["depth"]
-    assert model.get_input_embeddings().weight.shape == (112, sizes["width"])
+    assert model.get_input_embeddings().weight.shape == (128, sizes["width"])
     dims = {pattern: entry["dims"] for pattern, entry in facts["experts"].items()} | facts["router"]
     for pattern, expected in dims.items():
         found = named(model, pattern)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.dispatch import is_experts
 from moe_param.structure.roles import Structure, read_structure
 from moe_param.structure.shape import Shape
+from moe_param.structure.trace import forward_inputs, shared_trace
 
 QUANTITIES = (
     "embedding",
@@ -37,7 +39,8 @@ QUANTITIES = (
 )
 """What is watched. Branch outputs are taken before the forward multiplier that was folded into them.
 expert_output_by_up is an expert's new hidden units through its initial down projection: the part of its change that
-comes from updating the up projection, which the paper asks to be Θ(1) by itself (Desideratum 3)."""
+comes from updating the up projection, which the paper asks to be Θ(1) by itself (Desideratum 3). Single experts are
+watched where they use transformers' experts interface; elsewhere moe_output, of the block with all that it adds up."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def _head(model: PreTrainedModel, seed: int) -> nn.Linear | None:
 
 
 def _logits(model: PreTrainedModel, head: nn.Linear | None, batch: torch.Tensor) -> torch.Tensor:
-    out = model(input_ids=batch, use_cache=False)
+    out = model(**forward_inputs(model, batch))
     return out.logits if head is None else head(out.last_hidden_state)
 
 
@@ -160,6 +163,8 @@ class Watch:
         self.routes: dict[str, torch.Tensor] = {}
         self.downs: dict[str, torch.Tensor] = {}
         self.modules = dict(model.named_modules())
+        _, trace = shared_trace(type(model), model.config)
+        self.routers = {router.experts: router for router in trace.routers if router.mixes == "mlp"}
 
     def run(self, batch: torch.Tensor) -> dict[str, list[torch.Tensor]]:
         """{quantity: one tensor per module}, in eval mode, without gradients."""
@@ -193,7 +198,7 @@ class Watch:
             return hook
 
         hooks: list[tuple[nn.Module, Any]] = [(self.model.get_input_embeddings(), keep("embedding"))]
-        routers = set()
+        routers = {}
         for name, info in self.structure.parameters.items():
             owner = name.rpartition(".")[0]
             if info.role == "attention_out" and name.endswith("weight"):
@@ -201,17 +206,18 @@ class Watch:
             elif info.role == "dense_down" and name.endswith("weight"):
                 hooks.append((self.modules[owner], keep("mlp_output", self.rules[name].multiplier)))
             elif info.role == "router" and info.fan_out is not None and info.fan_out >= self.num_experts:
-                linear = isinstance(self.modules[owner], nn.Linear)  # some routers return probabilities first
-                routers.add(owner if linear else self._router_of(owner))
+                routers[owner] = self._router_of(owner)
             elif info.role == "final_norm" and name.endswith("weight"):
                 hooks.append((self.modules[owner], keep_input("residual")))
-        hooks += [(self.modules[name], keep("router_logits")) for name in sorted(routers)]
-        for name, module in self.modules.items():
-            if is_experts(module) and f"{name}.down_proj" in self.rules:
-                rule = self.rules[f"{name}.down_proj"]
-                hooks.append((module, self._keep_experts(name, rule.multiplier)))
-                mean = self.gates if "unnormalized_gates" in rule.folded else 1.0
-                hooks.append((module, keep("moe_output", rule.multiplier / mean)))
+        for owner, name in sorted(routers.items()):
+            hooks += self._keep_scores(owner, name)
+        for router in self.routers.values():
+            rule, experts = self.rules[router.down[0]], self.modules[router.experts]
+            block = router.experts if is_experts(experts) else _around(router.experts, router.module)
+            if is_experts(experts):
+                hooks.append((experts, self._keep_experts(router.experts, rule.multiplier)))
+            mean = self.gates if "unnormalized_gates" in rule.folded else 1.0
+            hooks.append((self.modules[block], keep("moe_output", rule.multiplier / mean)))
         head: Any = self.head or self.model.get_output_embeddings()
         hooks.append((head, keep("logits")))
         return hooks
@@ -219,6 +225,28 @@ class Watch:
     def _router_of(self, owner: str) -> str:
         """The router module a router's weight is in; the weight's own module where no tokens were seen in it."""
         return next((n for n in self.structure.routers if owner == n or owner.startswith(n + ".")), owner)
+
+    def _keep_scores(self, owner: str, name: str) -> list[tuple[nn.Module, Any]]:
+        """Hooks for the logits of the router `name`: what its linear `owner` puts out (some routers return
+        probabilities first), or else what it returns first itself. A block that routes by itself returns neither."""
+        linear, fresh = self.modules[owner], [False]
+        if any(r.module == name and f"{r.experts}.".startswith(f"{name}.") for r in self.routers.values()):
+            return []
+
+        def score(module: Any, args: Any, kwargs: Any, out: Any) -> None:
+            hidden = args[0] if args else next(iter(kwargs.values()))
+            fresh[0] = True
+            logits = nn.functional.linear(hidden, module.weight, module.bias)
+            self.seen.setdefault("router_logits", []).append(logits.detach().float())
+
+        def returned(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            if not fresh[0]:
+                first = out[0] if isinstance(out, (tuple, list)) else out
+                self.seen.setdefault("router_logits", []).append(first.detach().float())
+            fresh[0] = False
+
+        hooks: list[tuple[nn.Module, Any]] = [(linear, score)] if isinstance(linear, nn.Linear) else []
+        return hooks if hooks and owner == name else [*hooks, (self.modules[name], returned)]
 
     def _keep_experts(self, name: str, divide: float) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -233,6 +261,12 @@ class Watch:
             self.seen.setdefault("expert_hidden", []).append(hidden.float())
 
         return hook
+
+
+def _around(first: str, second: str) -> str:
+    """The innermost module that both are in, or that is one of them."""
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first.split("."), second.split("."), strict=False))
+    return ".".join(name for name, _ in same)
 
 
 def expert_activations(

@@ -235,7 +235,7 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
             trace.shapes[name] = tuple(parameter.shape)
             trace.laws[name] = inits.law(parameter) or InitLaw("special")
         trace.laws |= {name: law for name, buffer in model.named_buffers() if (law := inits.law(buffer))}
-        inputs = _inputs(model, adapter.tokens)
+        inputs = forward_inputs(model, torch.zeros(1, adapter.tokens, dtype=torch.long))
         listener = Listener(model, layers, watcher)
         purpose = f"{model_class.__name__} could not be run on fake tensors to find the roles of its parameters"
         with _one_line(purpose), listener, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watcher:
@@ -333,8 +333,8 @@ def _check_embedding(model: PreTrainedModel) -> None:
         )
 
 
-def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
-    """What the forward pass is called with.
+def forward_inputs(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, Any]:
+    """What the forward pass is called with, for token ids (batch, length).
 
     Raises:
         StructureError: tokens alone are not enough.
@@ -356,7 +356,7 @@ def _inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
             f"{type(model).__name__}.forward cannot be called with input_ids alone (it needs "
             f"{', '.join(missing or ['other inputs'])}): give what it needs beyond the tokens a default"
         )
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(1, tokens, dtype=torch.long)}
+    inputs: dict[str, Any] = {"input_ids": ids}
     return inputs | ({"use_cache": False} if open_ended or "use_cache" in parameters else {})
 
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import moe_param
 from moe_param.errors import InputError
+from moe_param.structure.dispatch import is_experts
 from moe_param.training.arguments import ModelArguments, PretrainArguments, set_horizon
 from moe_param.training.data.loading import load_data
 from moe_param.training.data.packing import PackedDataset
@@ -182,7 +183,7 @@ def train(run: ShortRun) -> Outcome:
         seed=run.seed,
         experts=None,
     )
-    if not parameterization.shape.dense:
+    if any(is_experts(module) for module in model.modules()):
         model.set_experts_implementation("grouped_mm")
     groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import BertConfig
 
+import moe_param
 from moe_param import Shape, ShapeError
 from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
-from moe_param.checks.measure import expert_activations
+from moe_param.checks.measure import Watch, _head, expert_activations
 from moe_param.checks.verdicts import GROW, Slope, fit, judge
 from moe_param.errors import InputError
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.dispatch import is_experts
-from tests.models import build, tiny_config, tokens
+from tests.models import OWN_EXPERTS, build, tiny_config, tokens
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
 CONFIG = tiny_config("mixtral", **SIZES, intermediate_size=16)
@@ -166,6 +167,25 @@ def test_single_experts_add_up_to_the_experts_module(family: str) -> None:
             outputs = experts.post_expert_norm(outputs)
         summed = (outputs.view(6, 2, -1) * weights[..., None]).sum(1)
         assert torch.allclose(summed, experts(hidden_states, index, weights), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", OWN_EXPERTS)
+def test_experts_of_another_make_are_watched_where_their_block_adds_them_up(family: str) -> None:
+    model, config = build(family), tiny_config(family)
+    parameterization = moe_param.apply(model, config, seed=0)
+    watch, batch = Watch(model, parameterization, _head(model, 0)), tokens(100, 2, 12)
+    before = {quantity: values[0].clone() for quantity, values in watch.run(batch).items()}
+    downs = [name for name, rule in parameterization.rules.items() if rule.role == "expert_down"]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(2.0 if name in downs else 1.0)
+    after = {quantity: values[0] for quantity, values in watch.run(batch).items()}
+    assert not torch.equal(before["moe_output"], after["moe_output"])
+    assert torch.equal(before["attention_output"], after["attention_output"])
+    if family != "own_stacked":  # its block hands out no scores
+        assert torch.equal(before["router_logits"], after["router_logits"])
+        assert before["router_logits"].shape[-1] >= (parameterization.shape.num_experts or 0)
+        assert before["router_logits"].std() < 1.0 and before["router_logits"].min() < 0, "no probabilities"
 
 
 @pytest.mark.parametrize(
