@@ -21,6 +21,7 @@ from moe_param.record import check_plain, check_shapes
 from moe_param.scaling.rules import ParameterizationError, Rule, derive_rules
 from moe_param.scaling.spec import DEFAULT_SPEC, ROLES, ScalingSpec
 from moe_param.structure.dispatch import is_experts, text_part
+from moe_param.structure.known import say_once
 from moe_param.structure.roles import LEFT_ALONE, check_routers, read_structure
 from moe_param.structure.scaling_config import scale_config, with_text
 from moe_param.structure.shape import Shape, ShapeError
@@ -51,6 +52,11 @@ def plan(
         tuned = _tuned(base_shape, spec=spec, init_std=init_std, constants=constants)
         base_shape, numbers = tuned.base, tuned.numbers
         spec, init_std, constants = tuned.spec, tuned.init_std, tuned.constants
+    if not issubclass(model_class, PreTrainedModel):
+        raise ParameterizationError(
+            f"expected a transformers model class, got {model_class.__name__}: give the class of the model inside, "
+            "before adapters or wrappers (PEFT's adapters have no rule and train with learning rates of PEFT's own)"
+        )
     table = ScalingSpec.load(DEFAULT_SPEC if spec is None else spec)
     _check_numbers(init_std, constants)
     target = read_structure(model_class, config, only)
@@ -195,6 +201,7 @@ def apply(
             buffer.fill_(value)
     model.config.moe_param = record
     model._moe_param = True  # type: ignore[assignment]
+    say_once(model.config, stacklevel=2)
     return parameterization
 
 

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
+from moe_param.optim.groups import check_adapters
 from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.structure.laws import InitLaw
 from moe_param.structure.shape import ShapeError
@@ -24,11 +26,8 @@ def check_plain(model: Any) -> None:
         ParameterizationError: quantized, with adapters, or wrapped (PEFT, torch.compile, DDP).
     """
     name = type(model).__name__
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise ParameterizationError(
-            f"{name} has PEFT adapters, for which there is no rule (they have no counterpart at the base): "
-            "parameterize the base model before it gets them; adapters are then trained with rates of their own"
-        )
+    if isinstance(model, torch.nn.Module):
+        check_adapters(model, ParameterizationError)
     if not isinstance(model, PreTrainedModel):
         inside = next(
             (n for n in ("_orig_mod", "module") if isinstance(getattr(model, n, None), PreTrainedModel)), None
@@ -37,6 +36,12 @@ def check_plain(model: Any) -> None:
             f"pass the model inside (model.{inside}), before or after wrapping" if inside else "pass the model itself"
         )
         raise ParameterizationError(f"expected a transformers PreTrainedModel, got {name}: {hint}")
+    compiled = next((n for n, _ in model.named_modules() if n.endswith("._orig_mod")), None)
+    if compiled is not None:
+        raise ParameterizationError(
+            f"{name} has a part that torch.compile wrapped ({compiled.removesuffix('._orig_mod')}), which renames its "
+            "parameters: compile parts in place (part.compile()), or the whole model after apply"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         raise ParameterizationError(

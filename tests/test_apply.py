@@ -282,9 +282,14 @@ BAD: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] =
         with_adapters,
         {},
         ParameterizationError,
-        "MixtralForCausalLM has PEFT adapters.*before it gets them",
+        "MixtralForCausalLM has PEFT adapters.*before it is wrapped",
     ),
-    "wrapped by PEFT": (wrapped_by_peft, {}, ParameterizationError, "PeftModel.* has PEFT adapters.*base model before"),
+    "wrapped by PEFT": (
+        wrapped_by_peft,
+        {},
+        ParameterizationError,
+        "PeftModel.* has PEFT adapters.*freezes the base.*base model before",
+    ),
     "folds of weights to be written": (mixtral, {"folds": False}, ParameterizationError, "pass reinit=False"),
     "experts that transformers refuses": (
         refusing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,6 +46,9 @@ class ExplainArguments:
     allow_sparsity_change: bool = field(
         default=False, metadata={"help": "Let top_k / num_experts differ from the base's."}
     )
+    only: str | None = field(
+        default=None, metadata={"help": "text: leave the other towers of a model (vision, audio) alone."}
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -52,8 +56,12 @@ def main(argv: Sequence[str]) -> None:
     (args,) = parse([ExplainArguments], argv, prog="moe-param explain", description=main.__doc__, config=CONFIG_HELP)
     from transformers.utils import logging
 
+    from moe_param.structure.known import unfamiliar
+
     logging.set_verbosity_error()
     config = load_config(args.config)
+    if (line := unfamiliar(config)) is not None:
+        print(f"warning: {line}", file=sys.stderr)
     if args.base is None and Path(args.config).suffix not in YAML:
         show(recorded(config, args), config, recorded=True, args=args)
     else:
@@ -74,6 +82,7 @@ def recorded(config: PretrainedConfig, args: ExplainArguments) -> Parameterizati
         "--spec": args.spec,
         "--init_std": args.init_std,
         "--allow_sparsity_change": args.allow_sparsity_change or None,
+        "--only": args.only,
     }
     given = [name for name, value in needing.items() if value is not None]
     if given:
@@ -103,6 +112,7 @@ def planned(config: PretrainedConfig, args: ExplainArguments) -> Parameterizatio
         spec=args.spec,
         init_std=args.init_std,
         allow_sparsity_change=args.allow_sparsity_change,
+        only=args.only,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from moe_param.errors import MoeParamError
 from moe_param.optim.adam import DEFAULT_EPS, OptimizerError
 from moe_param.scaling.horizon import HorizonFactors, horizon_factors
 
@@ -24,6 +25,17 @@ _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def plain_name(name: str) -> str:
     """The name a parameter had before DDP, torch.compile, FSDP or checkpoint wrappers put theirs in front."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def check_adapters(model: torch.nn.Module, error: type[MoeParamError]) -> None:
+    """Raises `error` where PEFT has put adapters into a model, wrapped or not."""
+    flags = ("peft_config", "_hf_peft_config_loaded")
+    if any(getattr(module, flag, False) for module in model.modules() for flag in flags):
+        raise error(
+            f"{type(model).__name__} has PEFT adapters, for which there is no rule: PEFT freezes the base weights, and "
+            "LoRA weights have no counterpart at a base. Parameterize the base model before it is wrapped, and give "
+            "the adapters a learning rate of PEFT's own kind (e.g. peft.optimizers.create_loraplus_optimizer)"
+        )
 
 
 def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter, Rule]]:
@@ -46,6 +58,7 @@ def trained(rules: Mapping[str, Rule], model: torch.nn.Module) -> list[tuple[str
             found.append((name, parameter, rule))
     missing = sorted(set(rules) - seen)
     if unknown or missing:
+        check_adapters(model, OptimizerError)
         raise OptimizerError(
             f"the model is not the one that was parameterized: no rule for {unknown[:5] or 'none'}, "
             f"no parameter for {missing[:5] or 'none'}"

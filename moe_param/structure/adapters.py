@@ -104,6 +104,11 @@ def register_adapter(model_type: str, entry: Mapping[str, Any], *, replace: bool
 _registered: dict[str, Adapter] = {}
 
 
+def registered(model_type: str) -> bool:
+    """Whether `register_adapter` was called for it."""
+    return model_type in _registered
+
+
 @cache
 def _shipped() -> Mapping[str, Adapter]:
     text = (resources.files("moe_param.structure") / "adapters.yaml").read_text()

@@ -7,7 +7,7 @@ beside it stand N copies of something, as the members of a `ModuleList` or stack
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,6 +63,27 @@ def text_part(model: PreTrainedModel) -> str:
     return max(holding, key=len, default="")
 
 
+def check_stack(model: PreTrainedModel, trace: Trace, entered: Collection[int]) -> None:
+    """Refuses a model whose layers are not those of its decoder stack, called one by one.
+
+    Raises:
+        StructureError: layers that were never called as modules, or attention outside of the stack.
+    """
+    stack, layers = find_layers(model)
+    never = sorted(set(range(len(layers))) - set(entered))
+    if never:
+        raise StructureError(
+            f"{type(model).__name__} never calls the layers {never} of its decoder stack {stack}: call each as a "
+            "module (layer(hidden_states)), which is where the residual stream is seen"
+        )
+    outside = [a.module for a in trace.attentions if a.module and not f"{a.module}.".startswith(stack + ".")]
+    if outside:
+        raise StructureError(
+            f"{type(model).__name__} has attention in {outside[0]}, outside of its decoder stack {stack}: a Shape has "
+            "one depth, of one stack of layers. Put all layers into one ModuleList"
+        )
+
+
 @dataclass(frozen=True)
 class Sent:
     """A call of an experts module: in which layer, who made the indices it was given (the innermost module), how many
@@ -91,7 +112,35 @@ def find_routers(model: PreTrainedModel, trace: Trace, sent: Iterable[Sent]) -> 
             f"copies of anything stand beside it (a `ModuleList` of {among} members, weights stacked as ({among}, …, "
             "…)): it can neither be read as dense nor as a mixture of experts"
         )
+    _check_copies(model, trace, routers)
     return routers
+
+
+def _check_copies(model: PreTrainedModel, trace: Trace, routers: list[Router]) -> None:
+    """Refuses copies in a layer without a router beside which tokens are picked by a mask: something else sends them.
+
+    Raises:
+        StructureError: the first list of such copies.
+    """
+    stack, _ = find_layers(model)
+    routed = tuple(f"{router.experts}." for router in routers)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or not name.startswith(stack + "."):
+            continue
+        layer = ".".join(name.split(".")[: stack.count(".") + 2]) + "."
+        if any(experts.startswith(layer) for experts in routed):
+            continue
+        copies = {
+            n[len(name) + 1 :].partition(".")[0]
+            for n, shape in trace.shapes.items()
+            if len(shape) > 1 and n.startswith(f"{name}.")
+        }
+        if len(copies) > 1 and any(f"{name}.".startswith(f"{picker}.") for picker in trace.pickers if picker):
+            raise StructureError(
+                f"{type(model).__name__} sends tokens to the {len(copies)} members of {name} by masks, "
+                "and no router chose: a table of token ids (hash routing) is no router, and there is no rule for it. "
+                "Route by a choice among scores of the hidden states (topk)"
+            )
 
 
 # -- with the experts interface --------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ class Trace:
     """Everything one pass tells. Parameter names are those of `named_parameters()` (tied ones once).
 
     laws: of all parameters, and of the buffers that the model's construction writes in place (selection biases).
+    used: what the pass computed with. pickers: modules that ask for the positions at which a mask is true.
     stacked: leading size of a 2-D weight that was viewed as a stack of matrices.
     feeds: weight -> the weights whose products, further on, went into a product with it.
     factors: where both sides of every product of two activations came from.
@@ -106,6 +107,7 @@ class Trace:
     gains: set[str] = field(default_factory=set)
     offset_gains: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
+    pickers: set[str] = field(default_factory=set)
     stacked: dict[str, int] = field(default_factory=dict)
     feeds: dict[str, frozenset[str]] = field(default_factory=dict)
     factors: set[Origin] = field(default_factory=set)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,8 +19,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -28,7 +34,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreT
 from transformers.utils import logging
 
 from moe_param.structure.adapters import Adapter, adapter_for
-from moe_param.structure.dispatch import Sent, find_layers, find_routers, is_experts
+from moe_param.structure.dispatch import Sent, check_stack, find_layers, find_routers, is_experts
 from moe_param.structure.flow import Activation, Flow, Origin, Stream, Weight
 from moe_param.structure.laws import InitLaw, InitWatcher
 from moe_param.structure.observations import StructureError, Trace
@@ -99,6 +105,8 @@ class Watcher(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name == "device":  # a question, asked for every operation
             return func(*args, **kwargs)
+        if name == "nonzero" or (name == "index" and any(getattr(i, "dtype", None) == torch.bool for i in args[1])):
+            self.trace.pickers.add(self.running[-1])
         if name == "index":
             args = (args[0], _positions(args[1]))
         operands = tensors((args, kwargs))
@@ -243,6 +251,7 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         if not trace.logits_from:
             last = watcher.flow(getattr(out, "last_hidden_state", None))
             trace.logits_from = last.names if last is not None else ()
+        check_stack(model, trace, listener.entered)
         trace.routers = find_routers(model, trace, listener.sent)
     return model, trace
 
@@ -255,6 +264,7 @@ class Listener:
         self.sent: list[Sent] = []
         # Which module was the first to hand out a tensor of whole numbers, by its storage (kept, see `Watcher`).
         self.producers: dict[int, tuple[str, torch.Tensor]] = {}
+        self.entered: set[int] = set()
         self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
@@ -284,11 +294,28 @@ class Listener:
 
     def enter_layer(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.watcher.layer = index
-        hidden = args[0] if args else kwargs["hidden_states"]
+        self.entered.add(index)
+        hidden = self.hidden_states(index, module, args, kwargs)
         flow = self.watcher.flow(hidden)
         if flow.scaled if isinstance(flow, Stream) else index > 0:  # scaled, or the layer before ends in a norm
             self.watcher.trace.plain_residual = False
         self.watcher.set(hidden, Stream())
+
+    def hidden_states(self, index: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Of what a layer is called with, the first that depends on the tokens; that of transformers' name before all.
+
+        Raises:
+            StructureError: there is none.
+        """
+        given = [kwargs[name] for name in ("hidden_states",) if name in kwargs] + [*args, *kwargs.values()]
+        for value in given:
+            if any(isinstance(self.watcher.flow(tensor), Activation) for tensor in tensors(value)):
+                return value
+        raise StructureError(
+            f"{type(self.model).__name__}: layer {index} ({type(module).__name__}) is called without hidden states, "
+            "where the residual stream was expected: call layers with the stream as an argument, a tensor that depends "
+            "on the tokens"
+        )
 
     def enter_head(self, module: nn.Module, args: Any) -> None:
         flow = self.watcher.flow(args[0])
@@ -312,6 +339,12 @@ def _one_line(doing: str) -> Iterator[None]:
         raise
     except UnknownOperation as error:
         raise StructureError(f"{doing}: {error}") from None
+    except (GuardOnDataDependentSymNode, DataDependentOutputException) as error:
+        place = re.search(r"Caused by: \((.*?)\)", str(error))
+        raise StructureError(
+            f"{doing}: its code asks for a value that depends on the tokens (.item(), or an if on a tensor"
+            f"{f'; {place[1]}' if place else ''}), and fake tensors have none: compute with tensors there (torch.where)"
+        ) from error
     except Exception as error:
         raise StructureError(f"{doing}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
