@@ -270,7 +270,8 @@ NO_QUERY_FOLD = {
     "axk2": "one matrix makes queries and output gates",
     "dbrx": "no weight scales the queries",  # clamped behind the projection
     "deepseek_v4": "no weight scales the queries",  # normed without a gain
-    "inkling2": "no weight scales the queries",  # scaled, and then clipped at a length
+    # scaled, and then clipped at a length
+    **dict.fromkeys(("inkling2", "inkling2_loop"), "no weight scales the queries"),
     "llama4": "no weight scales the queries",  # normed without a gain
     "muse_spark": "no weight scales the queries",  # normed without a gain
     "zaya": "share their convolutions",
