@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from moe_param.errors import InputError, MoeParamError
 from moe_param.ledger import append, read_finished
-from moe_param.tuning.workers import ATTEMPTS, Died, Pool, Raised, sigterm_as_interrupt
+from moe_param.tuning.workers import ATTEMPTS, Died, Pool, Progress, Raised, Watch, sigterm_as_interrupt
 
 
 class RunError(MoeParamError):
@@ -27,7 +28,7 @@ def cores() -> int:
 
 
 def run_all(
-    work: Callable[[Any], dict[str, Any]],
+    work: Callable[[Any, Watch], dict[str, Any]],
     jobs: Mapping[str, Any],
     ledger: Path,
     *,
@@ -36,7 +37,7 @@ def run_all(
     workers: int,
     console: Console,
 ) -> dict[str, dict[str, Any]]:
-    """`work(job)` for every job that is not in the ledger, expensive ones first, each in a process of its own.
+    """`work(job, watch)` for every job that is not in the ledger, expensive ones first, each in a process of its own.
 
     Args:
         work: a function of a module (workers import it). What it returns has to be JSON: null for infinity and NaN.
@@ -62,6 +63,8 @@ def run_all(
                 name = left.popleft()
                 pool.start(name, jobs[name])
             for name, answer in pool.answers(timeout=1.0):
+                if isinstance(answer, Progress):
+                    continue
                 if isinstance(answer, Died):
                     deaths[name] += 1
                     if answer.by_itself or deaths[name] == ATTEMPTS:
@@ -101,7 +104,7 @@ def _obituary(name: str, death: Died) -> str:
 
 
 @contextmanager
-def _pool(work: Callable[[Any], dict[str, Any]], workers: int) -> Iterator[Pool]:
+def _pool(work: Callable[[Any, Watch], dict[str, Any]], workers: int) -> Iterator[Pool]:
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers start; they are the parallelism
     pool = Pool(work, workers)
     with sigterm_as_interrupt():
@@ -115,6 +118,6 @@ def _pool(work: Callable[[Any], dict[str, Any]], workers: int) -> Iterator[Pool]
 def _progress(console: Console, done: Mapping[str, Any], jobs: int, cost: float) -> Iterator[Callable[[float], None]]:
     """A bar that counts runs and advances by what they cost."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with ProgressBar(*columns, console=console) as progress:
         task = progress.add_task(f"{len(done)}/{jobs} runs", total=cost)
         yield lambda cost: progress.update(task, advance=cost, description=f"{len(done)}/{jobs} runs")

@@ -33,7 +33,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from moe_param.errors import MoeParamError
 from moe_param.tuning.constants import Losses, Pass, Point, canonical, coordinate_pass, key_of
-from moe_param.tuning.workers import ATTEMPTS, Died, Evaluate, Pool, Raised, sigterm_as_interrupt
+from moe_param.tuning.workers import ATTEMPTS, Answer, Died, Evaluate, Pool, Progress, Raised, sigterm_as_interrupt
 
 ANYWHERE = FloatDistribution(1e-30, 1e30, log=True)  # of a value that was chosen, not sampled
 DIVERGED: Losses = (math.inf,)
@@ -381,8 +381,10 @@ class Search:
         return True
 
     # -- running --
-    def _collect(self, number: int, seed: int, answer: float | Raised | Died) -> None:
+    def _collect(self, number: int, seed: int, answer: Answer | Progress | Raised | Died) -> None:
         entry = self._open.get(number)
+        if isinstance(answer, Progress):
+            return
         if isinstance(answer, Died):
             self._mourn(number, seed, answer)
         elif entry is None:  # given up, or a seed of a point that diverged already
@@ -391,7 +393,7 @@ class Search:
             self._fail(number, "error", error=answer.text)
             raise SearchError(f"trial {number} ({key_of(entry.point)}, seed {seed}): {answer.text}")
         else:
-            self._note(number, seed, entry, float(answer))
+            self._note(number, seed, entry, answer.loss)
 
     def _mourn(self, number: int, seed: int, death: Died) -> None:
         """A worker died of this run: it is tried again, or its trial given up."""

@@ -34,6 +34,7 @@ from moe_param.training.report import active_parameters, finite, hardware, versi
 from moe_param.tuning.drift import Ladder, Run, plot, summarize, table
 from moe_param.tuning.ledger import cores, run_all
 from moe_param.tuning.short_run import ShortRun, check_text, short_run, train
+from moe_param.tuning.workers import Watch
 
 CONFIG = "tuned.yaml of `moe-param tune`, or any YAML file of `moe-param train`: model, text, horizon, learning rate."
 
@@ -155,7 +156,7 @@ def numbers(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
     return {name: (rule.init, rule.lr, rule.eps, rule.weight_decay) for name, rule in plan.rules.items()}
 
 
-def work(run: ShortRun) -> dict[str, Any]:
+def work(run: ShortRun, watch: Watch) -> dict[str, Any]:
     """What a worker does: one run, in one thread."""
     torch.set_num_threads(1)
     found: dict[str, Any] = finite(asdict(train(run)))

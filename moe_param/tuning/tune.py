@@ -49,7 +49,7 @@ from moe_param.tuning.search import (
     storage_errors,
 )
 from moe_param.tuning.short_run import ShortRun, check_text, train
-from moe_param.tuning.workers import Evaluate
+from moe_param.tuning.workers import Answer, Evaluate, Watch
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class Training:
 
     run: ShortRun
 
-    def __call__(self, point: Point, seed: int) -> float:
+    def __call__(self, point: Point, seed: int, watch: Watch) -> Answer:
         torch.set_num_threads(1)  # the workers are the parallelism
         rate, std, constants = split(point)
-        return train(replace(self.run, lr=rate, init_std=std, constants=constants, seed=seed)).validation_loss
+        run = replace(self.run, lr=rate, init_std=std, constants=constants, seed=seed)
+        return Answer(train(run).validation_loss)
 
 
 def tune(

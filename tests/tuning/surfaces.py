@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_param.tuning.workers import Answer, Watch
+
 
 @dataclass(frozen=True)
 class Bowl:
@@ -27,7 +29,7 @@ class Bowl:
     salt: int = 0  # for other noise
     raises_at: float | None = None  # learning rate
 
-    def __call__(self, point: dict[str, float], seed: int) -> float:
+    def __call__(self, point: dict[str, float], seed: int, watch: Watch) -> Answer:
         if self.log:
             with self.log.open("a") as file:
                 file.write(f"{point['learning_rate']:.6g} {seed}\n")
@@ -46,8 +48,8 @@ class Bowl:
                     continue
                 os.kill(os.getpid(), signal.SIGKILL)
         if rate > self.diverges_above:
-            return math.nan
-        return self.loss(point, seed)
+            return Answer(math.nan)
+        return Answer(self.loss(point, seed))
 
     def loss(self, point: dict[str, float], seed: int) -> float:
         bottom = {"learning_rate": 2.0**-7, **self.bottom}

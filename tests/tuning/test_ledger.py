@@ -17,9 +17,10 @@ from rich.console import Console
 
 from moe_param.errors import InputError
 from moe_param.tuning.ledger import RunError, run_all
+from moe_param.tuning.workers import Watch
 
 
-def work(job: dict[str, Any]) -> dict[str, Any]:
+def work(job: dict[str, Any], watch: Watch) -> dict[str, Any]:
     """Says who it is; long jobs last until they are killed."""
     Path(job["folder"], f"{job['name']}.{os.getpid()}").touch()
     if job["name"] == "bad":

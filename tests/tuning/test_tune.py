@@ -25,6 +25,7 @@ from moe_param.tuning.constants import key_of
 from moe_param.tuning.search import SearchError
 from moe_param.tuning.short_run import train
 from moe_param.tuning.tune import strategy_of, tune
+from moe_param.tuning.workers import Answer, Watch
 from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.tuning.surfaces import Bowl
 
@@ -271,9 +272,9 @@ class Removes:
 
     folder: Path
 
-    def __call__(self, point: dict[str, float], seed: int) -> float:
+    def __call__(self, point: dict[str, float], seed: int, watch: Watch) -> Answer:
         shutil.rmtree(self.folder)
-        return 2.0
+        return Answer(2.0)
 
 
 def test_a_folder_that_is_removed_ends_the_search_with_the_truth(config: str, tmp_path: Path) -> None:

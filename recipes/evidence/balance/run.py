@@ -37,6 +37,7 @@ from moe_param.training.data.packing import PackedDataset
 from moe_param.training.report import finite, hardware, versions
 from moe_param.tuning.ledger import cores, run_all
 from moe_param.tuning.short_run import corpus
+from moe_param.tuning.workers import Watch
 
 AUXILIARY_COEFFICIENT = 0.001
 """router_aux_loss_coef of qwen3_moe, ernie4_5_moe and gpt_oss in transformers. deepseek_v3 has no auxiliary loss there;
@@ -255,7 +256,7 @@ def validate(
     return statistics.mean(losses), torch.stack(totals).sum(0), each
 
 
-def work(job: tuple[BalanceArguments, Key]) -> dict[str, Any]:
+def work(job: tuple[BalanceArguments, Key], watch: Watch) -> dict[str, Any]:
     return run(*job)
 
 
