@@ -35,10 +35,10 @@ from transformers import (
 from transformers.trainer_utils import SaveStrategy, rotate_checkpoints
 
 from moe_param import LoadBalancingCallback, ScaleFreeClipping
-from moe_param.balancing.routing import check_routed, find_routes
 from moe_param.balancing.saved import load_selection_biases
 from moe_param.balancing.selection import selection_of
 from moe_param.training.arguments import PretrainArguments
+from moe_param.training.balance import balance_of
 from moe_param.training.checkpoints import (
     PROGRESS,
     STAGING,
@@ -97,25 +97,14 @@ class Clipping(ScaleFreeClipping):
 
 
 def balancing(model: PreTrainedModel, args: PretrainArguments) -> Balancing | None:
-    """Balancing as asked; by default on, where the model's own routers have a selection bias. None: it is dense."""
-    routes = find_routes(model, inject=args.inject_bias)
-    rate = args.balance_rate
-    if not routes and rate is None and not args.inject_bias:
+    """The callback of what `balance_of` finds. None: nothing to count."""
+    found = balance_of(model, args.balance_rate, args.inject_bias)
+    if found.note:
+        logger.warning("%s", found.note)
+    if found.rate is None:
         return None
-    check_routed(model, routes)
-    if rate is None:
-        gates = [route.gate for route in routes if route.gate is not None]
-        rate = 0.1 if gates and all(gate.scores == "softmax" for gate in gates) else 0.01
-        if all(route.fixed for route in routes):
-            rate = 0.0
-            logger.warning(
-                "the routers of %s have no selection bias: their load is counted and logged, not balanced. "
-                "--inject_bias true balances them, with biases that the checkpoint then needs (docs/balancing.md); "
-                "--balance_rate 0 says that counting is meant",
-                model.config.model_type,
-            )
     rule: Any = args.balance_rule
-    return Balancing(rate, rule, inject=args.inject_bias)
+    return Balancing(found.rate, rule, inject=found.inject)
 
 
 def allow_fsdp_on_cpu() -> None:

@@ -25,6 +25,7 @@ from moe_param.tuning.short_run import ShortRun, short_run
 TRAINING = (
     *("tokens", "max_steps", "batch_tokens", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("warmup_tokens", "warmup_steps", "decay_tokens", "lr_scheduler_type", "lr_scheduler_kwargs"),
+    *("balance_rate", "balance_rule", "inject_bias"),
     *("weight_decay", "decay", "base_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
 TEXT = ("seq_len", "tokenizer", "validation_blocks")  # likewise; of the rest, what is not the default

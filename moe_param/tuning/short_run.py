@@ -2,62 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-import json
+import contextlib
+import logging
 import math
 import time
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import moe_param
+from moe_param import Parameterization
 from moe_param.errors import InputError
 from moe_param.structure.dispatch import is_experts
 from moe_param.training.arguments import ModelArguments, PretrainArguments, set_horizon
-from moe_param.training.data.loading import load_data
 from moe_param.training.data.packing import PackedDataset
-from moe_param.training.data.text import ByteTokenizer, DataArguments, load_tokenizer, stdlib_tokens
+from moe_param.training.data.text import DataArguments
+from moe_param.tuning.loop import check_balancing, check_device, evaluate, learn
+from moe_param.tuning.settings import ShortRun
+from moe_param.tuning.text import batches, blocks_of, check_text, times_seen
+from moe_param.tuning.workers import Watch
 
-VALIDATION_BATCH = 32
+__all__ = ["Outcome", "ShortRun", "check_run", "short_run", "times_seen", "train"]
 
-
-@dataclass(frozen=True)
-class ShortRun:
-    """Training on `stdlib`, byte by byte, or on `data`. `config` and `base` are `PretrainedConfig.to_dict()`s."""
-
-    config: dict[str, Any]
-    base: dict[str, Any]
-    spec: str
-    lr: float
-    steps: int
-    batch_size: int
-    seq_len: int
-    warmup: float = 0.25  # share of the steps
-    schedule: str = "linear"  # what follows, by transformers' name; this one falls to zero
-    schedule_options: dict[str, Any] | None = None
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-12
-    weight_decay: float = 0.0
-    init_std: float | None = None  # default: the config's
-    constants: dict[str, dict[str, float]] | None = None  # per role, as `moe_param.apply` takes them
-    seed: int = 0
-    validation_blocks: int = 256
-    data: dict[str, Any] | None = None  # `DataArguments` of another text, read up front
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    validation_loss: float  # inf for a run that left the finite numbers
-    training_loss: float
+    validation_loss: float  # inf for a run that left the finite numbers, NaN for one that was stopped
+    training_loss: float  # mean over the last twentieth of the steps that were done
     seconds: float
+    share: float = 1.0  # of the steps that were done
+    stopped: bool = False  # by `watch`
 
     @property
     def diverged(self) -> bool:
-        return not math.isfinite(self.validation_loss)
+        return self.validation_loss == math.inf
 
 
 def short_run(
@@ -101,116 +83,68 @@ def short_run(
         constants=model.constants or None,  # type: ignore[arg-type]
         validation_blocks=data.validation_blocks,
         data=text or None,
+        gradient_accumulation=horizon.batch // horizon.micro,
+        balance_rate=training.balance_rate,
+        balance_rule=training.balance_rule,
+        inject_bias=training.inject_bias,
+        experts=model.experts_implementation,
     )
 
 
-def config_from(values: dict[str, Any]) -> PretrainedConfig:
-    return AutoConfig.for_model(**values)
-
-
-@functools.cache
-def corpus(seq_len: int, validation_blocks: int = 256) -> tuple[PackedDataset, PackedDataset]:
-    """(training, held-out) blocks of the standard library's sources."""
-    train, held_out = stdlib_tokens(ByteTokenizer())
-    return PackedDataset(train, seq_len), PackedDataset(held_out, seq_len, max_blocks=validation_blocks)
-
-
-@functools.cache
-def _text(arguments: str) -> tuple[PackedDataset, PackedDataset]:
-    data = load_data(DataArguments(**json.loads(arguments)))
-    if not isinstance(data.train, PackedDataset):
-        raise InputError("short runs read their text up front: set streaming: false, or give train_files")
-    return data.train, data.validation
-
-
-def _schedule(run: ShortRun, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    return transformers.get_scheduler(
-        run.schedule,
-        optimizer,
-        num_warmup_steps=round(run.steps * run.warmup),
-        num_training_steps=run.steps,
-        scheduler_specific_kwargs=run.schedule_options,
-    )
-
-
-def check_text(run: ShortRun) -> None:
-    """Reads the text as the workers will.
+def check_run(run: ShortRun) -> None:
+    """All that can be wrong with the device, balancing and the text, found before the first run.
 
     Raises:
-        InputError: a text that cannot be read, of more ids than the model has, or too short.
+        MoeParamError: of any kind.
     """
-    if run.data and run.data.get("streaming"):
-        raise InputError("short runs read their text up front: set streaming: false, or give train_files")
-    vocabulary = load_tokenizer((run.data or {}).get("tokenizer", "bytes")).vocab_size
-    known = config_from(run.config).get_text_config().vocab_size
-    if vocabulary > known:
-        raise InputError(f"the tokenizer has {vocabulary} ids, the model {known}: set overrides.vocab_size")
-    blocks_of(run)
+    check_device(run)
+    if note := check_balancing(run):
+        logger.warning("%s", note)
+    check_text(run)
 
 
-def blocks_of(run: ShortRun) -> tuple[PackedDataset, PackedDataset]:
-    """(training, held-out) blocks of a run's text.
+def train(run: ShortRun, watch: Watch | None = None) -> Outcome:
+    """Train, validate.
 
-    Raises:
-        InputError: a text that cannot be read, or too short: no run sees a block twice.
+    Args:
+        watch: called twenty times a run with (share of the steps done, mean training loss since the last call); where
+            it returns False the run is stopped.
     """
-    if run.data:
-        sizes = {"seq_len": run.seq_len, "validation_blocks": run.validation_blocks}
-        training, validation = _text(json.dumps(run.data | sizes))
-    else:
-        training, validation = corpus(run.seq_len, run.validation_blocks)
-    if run.steps * run.batch_size > len(training):
-        steps = len(training) // run.batch_size
-        raise InputError(
-            f"{run.steps} steps of {run.batch_size} blocks need more than one epoch of the text, which has "
-            f"{len(training)} blocks of {run.seq_len} tokens: "
-            + (f"at most {steps} steps, or a smaller batch" if steps else "a smaller batch, or more text")
-        )
-    return training, validation
-
-
-def train(run: ShortRun) -> Outcome:
-    """Train, validate."""
+    check_device(run)
     training, validation = blocks_of(run)
+    with torch.cuda.device(run.device) if run.device.startswith("cuda") else contextlib.nullcontext():
+        return _train(run, watch, training, validation)
+
+
+def _train(run: ShortRun, watch: Watch | None, training: PackedDataset, validation: PackedDataset) -> Outcome:
     transformers.set_seed(run.seed)
-    model = AutoModelForCausalLM.from_config(config_from(run.config))
+    model, parameterization = build(run)
+    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
+
+    start = time.perf_counter()
+    learned = learn(run, model, optimizer, batches(run, training), watch)
+    loss = math.nan if learned.stopped else math.inf
+    if not learned.stopped and math.isfinite(learned.loss):
+        value = evaluate(run, model, validation)
+        loss = value if math.isfinite(value) else math.inf
+    return Outcome(loss, learned.loss, time.perf_counter() - start, learned.share, learned.stopped)
+
+
+def build(run: ShortRun) -> tuple[PreTrainedModel, Parameterization]:
+    """The model on its device, initialized by the rules."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**run.config))
+    if run.device != "cpu":
+        model.to(run.device)
     parameterization = moe_param.apply(
         model,
-        config_from(run.base),
+        AutoConfig.for_model(**run.base),
         spec=run.spec,
         init_std=run.init_std,
         constants=run.constants,
         seed=run.seed,
-        experts=None,
+        experts=run.experts or ("auto" if run.device != "cpu" else None),
     )
-    if any(is_experts(module) for module in model.modules()):
+    if run.experts is None and run.device == "cpu" and any(is_experts(module) for module in model.modules()):
         model.set_experts_implementation("grouped_mm")
-    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
-    schedule = _schedule(run, optimizer)
-
-    start, losses = time.perf_counter(), []
-    model.train()
-    for ids in itertools.islice(training.batches(run.batch_size, run.seed), run.steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    value = evaluate(model, validation) if math.isfinite(losses[-1]) else math.inf
-    recent = losses[-max(1, run.steps // 20) :]
-    seconds = time.perf_counter() - start
-    return Outcome(value if math.isfinite(value) else math.inf, sum(recent) / len(recent), seconds)
-
-
-@torch.no_grad()
-def evaluate(model: torch.nn.Module, validation: PackedDataset) -> float:
-    model.eval()
-    total = 0.0
-    for start in range(0, len(validation), VALIDATION_BATCH):
-        ids = validation.batch(range(start, min(start + VALIDATION_BATCH, len(validation))))
-        total += model(input_ids=ids, labels=ids).loss.item() * len(ids)  # blocks are equally long
-    return total / len(validation)
+    return model, parameterization

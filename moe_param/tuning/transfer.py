@@ -33,7 +33,7 @@ from moe_param.training.arguments import build_configs, parse
 from moe_param.training.report import active_parameters, finite, hardware, versions
 from moe_param.tuning.drift import Ladder, Run, plot, summarize, table
 from moe_param.tuning.ledger import cores, run_all
-from moe_param.tuning.short_run import ShortRun, check_text, short_run, train
+from moe_param.tuning.short_run import ShortRun, check_run, short_run, times_seen, train
 from moe_param.tuning.workers import Watch
 
 CONFIG = "tuned.yaml of `moe-param tune`, or any YAML file of `moe-param train`: model, text, horizon, learning rate."
@@ -189,7 +189,9 @@ def transfer(args: TransferArguments, *, command: str) -> dict[str, Any]:
     """
     console, start = Console(), time.perf_counter()
     plan, output = plan_runs(args), Path(args.output_dir)
-    check_text(next(iter(plan.runs.values())))
+    check_run(first := next(iter(plan.runs.values())))
+    if seen := times_seen(first):
+        console.print(seen)
     with folder_lock(output, "moe-param transfer"):
         done = run_all(
             work,

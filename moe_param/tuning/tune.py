@@ -48,7 +48,7 @@ from moe_param.tuning.search import (
     status_of,
     storage_errors,
 )
-from moe_param.tuning.short_run import ShortRun, check_text, train
+from moe_param.tuning.short_run import ShortRun, check_run, times_seen, train
 from moe_param.tuning.workers import Answer, Evaluate, Watch
 
 
@@ -62,7 +62,9 @@ class Training:
         torch.set_num_threads(1)  # the workers are the parallelism
         rate, std, constants = split(point)
         run = replace(self.run, lr=rate, init_std=std, constants=constants, seed=seed)
-        return Answer(train(run).validation_loss)
+        outcome = train(run, watch)
+        loss = outcome.training_loss if outcome.stopped else outcome.validation_loss
+        return Answer(loss, outcome.share, outcome.stopped)
 
 
 def tune(
@@ -87,12 +89,13 @@ def tune(
     base = read_base(args, model, data, training)
     strategy = strategy_of(args, base)
     if evaluate is None:
-        check_text(base.run)
+        check_run(base.run)
     output, console = Path(str(training.output_dir)), Console()
     run, start = base.run, time.perf_counter()
+    seen = "" if evaluate else times_seen(run)
     console.print(
         f"base: {base.shape}\na run: {run.steps} steps, {run.steps * run.batch_size * run.seq_len:,} tokens, "
-        f"{run.schedule}",
+        f"{run.schedule}" + (f"; {seen}" if seen else ""),
         soft_wrap=True,
     )
     with folder_lock(output, "moe-param tune (others join with the same --storage and an --output_dir of their own)"):

@@ -15,10 +15,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, MixtralConfig, get_scheduler
 
 import moe_param
+from moe_param import RoutingError
 from moe_param.cli.main import run as command_line
 from moe_param.errors import InputError, MoeParamError
 from moe_param.training import pretrain
 from moe_param.training.arguments import Horizon, set_horizon
+from moe_param.training.balance import balance_of
 from moe_param.training.report import MetricsFile, flops_per_token, read_lines
 from moe_param.tuning.short_run import ShortRun, short_run, train
 from tests.models import BYTE_MIXTRAL, tiny_config
@@ -472,3 +474,13 @@ def test_short_runs_refuse_what_they_do_not_do(tmp_path: Path, change: dict[str,
     arguments = pretrain.parse(["--config", TINY, "--output_dir", str(tmp_path), *flags])
     with pytest.raises(InputError, match=next(iter(change))):
         short_run(*arguments, MixtralConfig(**BYTE_MIXTRAL))
+
+
+def test_a_family_that_routes_by_itself_is_trained_unbalanced_unless_asked() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config("dbrx"))
+    found = balance_of(model, None, False)
+    assert found.rate is None and "neither counted nor balanced" in found.note
+    for rate, inject in ((0.0, False), (None, True)):
+        with pytest.raises(RoutingError, match="from its block"):
+            balance_of(model, rate, inject)

@@ -159,9 +159,10 @@ def test_what_is_typed_wrong_is_one_line_before_the_text_is_read(
 
 def test_too_little_text_and_a_folder_in_use(tmp_path: Path) -> None:
     config, output = tmp_path / "config.yaml", tmp_path / "out"
-    values = {"model_type": "mixtral", "overrides": BYTE_MIXTRAL, "seq_len": 32, "max_steps": 1_000_000}
+    values = {"model_type": "mixtral", "overrides": BYTE_MIXTRAL, "seq_len": 32}
+    values |= {"per_device_train_batch_size": 10_000_000}
     config.write_text(yaml.safe_dump(values))
-    with pytest.raises(InputError, match="1000000 steps of 8 blocks need more than one epoch of the text"):
+    with pytest.raises(InputError, match="a batch is 10000000 blocks of 32 tokens, and the whole text has"):
         main([str(config), "--output_dir", str(output), "--axes", "width=2"])
     with folder_lock(output, "moe-param transfer"), pytest.raises(InputError, match=r"out is in use \(moe-param tran"):
         main([str(config), "--output_dir", str(output), "--axes", "width=2", "--smallest"])

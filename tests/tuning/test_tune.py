@@ -189,8 +189,8 @@ def test_password_is_not_written_down() -> None:
         (["--log2_lrs", "-7", "8"], r"log2_lrs: 8 would be a learning rate of .*did you mean -8\?"),
         (["--log2_lr", "-7"], r"unknown argument '--log2_lr' \(did you mean '--log2_lrs'\?\)"),
         (
-            ["--max_steps", "1000000"],
-            r"one epoch of the text, which has \d+ blocks of 32 tokens: at most \d+ ",
+            ["--per_device_train_batch_size", "10000000"],
+            r"a batch is 10000000 blocks of 32 tokens, and the whole text has \d+: give more text, or a batch of",
         ),
         (["--overrides", json.dumps({**BYTE_MIXTRAL, "vocab_size": 200})], "the tokenizer has 256 ids, the model 200"),
         (["--train_files", "nowhere.txt", "--mode", "gird"], "mode is 'gird'"),  # before the text is looked at

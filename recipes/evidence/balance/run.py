@@ -36,7 +36,7 @@ from moe_param.parsing import parse
 from moe_param.training.data.packing import PackedDataset
 from moe_param.training.report import finite, hardware, versions
 from moe_param.tuning.ledger import cores, run_all
-from moe_param.tuning.short_run import corpus
+from moe_param.tuning.text import corpus
 from moe_param.tuning.workers import Watch
 
 AUXILIARY_COEFFICIENT = 0.001
