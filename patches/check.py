@@ -31,6 +31,8 @@ def imports() -> str:
 
 def permutations() -> str:
     """MegaBlocks' Triton gather, scatter and the gradient of its weights, against torch's indexing."""
+    if _interpreted() and (reason := cannot_interpret()):
+        return f"not run: MegaBlocks' permutation kernels. {reason}"
     import torch
 
     kernels, device = _kernels(), _device()
@@ -66,6 +68,8 @@ def layer(provider: str = "torch") -> str:
     sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout; last, so that an installed one counts
     if missing := [name for name in ("transformers", "moe_param") if importlib.util.find_spec(name) is None]:
         return f"not run: the layer, {' and '.join(missing)} not installed"
+    if _interpreted() and (reason := cannot_interpret()):
+        return f"not run: the layer. {reason}"
     import torch
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -219,6 +223,24 @@ def _device() -> str:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def cannot_interpret() -> str | None:
+    """Why Triton's interpreter does not run here, if so: until 3.7 it takes an array of one element for a number."""
+    try:
+        triton, numpy = (importlib.metadata.version(name) for name in ("triton", "numpy"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if _release(triton) >= (3, 7) or _release(numpy) < (2, 4):
+        return None
+    return (
+        f"The interpreter of Triton {triton} does not work with numpy {numpy}: on a machine without a GPU install "
+        "numpy<2.4 or triton>=3.7.1. On a GPU nothing is interpreted"
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _where() -> str:

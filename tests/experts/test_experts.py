@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_param.experts import megablocks as experts
 from moe_param.experts import registration
+from patches.check import cannot_interpret
 from tests.experts.interpreted import CHECKS
 
 installed = all(importlib.util.find_spec(package) for package in ("triton", "megablocks"))
@@ -47,6 +48,8 @@ def worker(script: str, folder: Path, **environment: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """moe_param first: it loads neither torch nor transformers, and is there when transformers is."""
+    if reason := cannot_interpret():
+        pytest.skip(reason)
     first = "import sys, moe_param; assert not {'torch', 'transformers'} & set(sys.modules)"
     script = f"{first}; from tests.experts.interpreted import main; main()"
     return worker(script, tmp_path_factory.mktemp("interpreted"), TRITON_INTERPRET="1")

@@ -23,6 +23,7 @@ import transformers
 import moe_param
 from moe_param.experts import megablocks as experts
 from moe_param.training.report import hardware
+from patches.check import cannot_interpret
 from tests.experts.interpreted import inputs, run, synthetic
 from tests.models import build, tiny_config, tokens
 
@@ -32,6 +33,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not experts.is_available(), reason="needs triton and megablocks (moe-param install-kernels)"),
     pytest.mark.skipif(not experts.is_available(DEVICE), reason="needs a CUDA device"),
+    pytest.mark.skipif(DRY and cannot_interpret() is not None, reason=cannot_interpret() or ""),
 ]
 
 SIZES = (8, 16, 16) if DRY else (8, 256, 128)  # experts, width, expert size

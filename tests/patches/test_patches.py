@@ -243,6 +243,27 @@ def test_checks_that_fail_or_crash_are_lines(
     assert "FAILED  crash: ended by signal 6" in crash
 
 
+def test_an_old_interpreter_beside_a_new_numpy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 takes int() of an array of one element, which numpy 2.4 refuses; on a GPU that is no matter."""
+    here = {"triton": "3.6.0", "numpy": "2.5.5"}
+
+    def version(name: str) -> str:
+        if name not in here:
+            raise check.importlib.metadata.PackageNotFoundError(name)
+        return here[name]
+
+    monkeypatch.setattr(check.importlib.metadata, "version", version)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    said = check.permutations()
+    assert said.startswith("not run: ") and "Triton 3.6.0 does not work with numpy 2.5.5" in said
+    for fine in ({"triton": "3.7.1"}, {"numpy": "2.3.5"}):
+        with monkeypatch.context() as inner:
+            inner.setitem(here, *next(iter(fine.items())))
+            assert check.cannot_interpret() is None
+    del here["triton"]
+    assert check.cannot_interpret() is None
+
+
 def test_empty_experts_are_noticed() -> None:
     """The check must tell a grouped GEMM that leaves the gradient of an unused expert unwritten from one that clears
     it. On the CPU: the unwritten memory is made up."""

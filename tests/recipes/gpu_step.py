@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from recipes.bench.goals import held
-from recipes.bench.gpu.steps import Step
+from recipes.bench.gpu.steps import NOT_BUILT_STATUS, Step
 
 
 def step(name: str, what: str, **options: object) -> Step:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device")
     parser.add_argument("--smallest", action="store_true")
-    parser.add_argument("what", choices=("works", "fails", "hangs"))
+    parser.add_argument("what", choices=("works", "fails", "hangs", "is not built"))
     arguments = parser.parse_args()
     rows = [{"name": "part", "goals": [held("eager", 1.25, where="one"), held("eager", 2.5, where="another")]}]
     arguments.out.write_text(json.dumps({"results": rows}))
@@ -36,6 +36,8 @@ def main() -> None:
     with arguments.out.with_suffix(".starts").open("a") as starts:
         starts.write("start\n")
     print("at work", flush=True)
+    if arguments.what == "is not built":
+        sys.exit(NOT_BUILT_STATUS)
     if arguments.what == "fails":
         raise RuntimeError("no kernel image")
     if child:

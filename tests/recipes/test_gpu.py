@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
 
 from moe_param.errors import InputError
@@ -23,9 +24,9 @@ from moe_param.folder_lock import folder_lock
 from recipes.bench import balance, goals
 from recipes.bench.goals import GOALS, held
 from recipes.bench.gpu import __main__ as command
-from recipes.bench.gpu import machine, packages, report, rows, running, setup, training, wheels
+from recipes.bench.gpu import machine, packages, report, rows, running, setup, training, tuning, wheels
 from recipes.bench.gpu.running import DONE, FAILED, LIMIT, NO_TIME, NOT_BUILT, NOT_RUN, Outcome, Run, run_all
-from recipes.bench.gpu.steps import STEPS, Step
+from recipes.bench.gpu.steps import NOT_BUILT_STATUS, STEPS, Step
 from tests.recipes.gpu_run import MACHINE
 from tests.recipes.gpu_step import step
 
@@ -74,19 +75,25 @@ def test_each_step_comes_to_its_end_and_the_next_one_runs(tmp_path: Path) -> Non
         step("d", "works", needs="b"),
         step("e", "works", needs="a"),
         Step("f", "what is not there", not_built="nobody built it"),
+        step("g", "is not built"),
     ]
     found = ended(steps, tmp_path)
     assert {name: outcome.state for name, outcome in found.items()} == {
-        "a": DONE, "b": FAILED, "c": LIMIT, "d": NOT_RUN, "e": DONE, "f": NOT_BUILT
+        "a": DONE, "b": FAILED, "c": LIMIT, "d": NOT_RUN, "e": DONE, "f": NOT_BUILT, "g": NOT_BUILT
     }  # fmt: skip
+    assert (found["f"].reason, found["g"].reason) == ("nobody built it", "at work")  # the last that it said
     assert "RuntimeError: no kernel image" in found["b"].reason and "raise RuntimeError" in found["b"].reason
     assert found["c"].reason == "after 4 s. at work" and found["d"].reason == "needs b"
     wait_for(lambda: gone(int((tmp_path / "c.child").read_text())))
 
-    again = ended(steps, tmp_path)
-    assert again == found and [starts(tmp_path, name) for name in "abcde"] == [1, 1, 1, 0, 1]
+    again = ended(steps[:6], tmp_path)
+    assert list(again.values()) == list(found.values())[:6]
+    assert [starts(tmp_path, name) for name in "abcde"] == [1, 1, 1, 0, 1]
+    alone = ended([step("a", "works"), step("b", "works"), step("h", "works")], tmp_path, retry=True, only=["h"])
+    assert (alone["a"], alone["b"], alone["h"].state) == (found["a"], found["b"], DONE)  # the others as they were
+    assert ended([step("i", "works")], tmp_path, only=["a"])["i"].state == NOT_RUN
     retried = ended([step("b", "works"), *steps[2:4]], tmp_path, retry=True)
-    assert [starts(tmp_path, name) for name in "abcde"] == [1, 2, 2, 1, 1]
+    assert [starts(tmp_path, name) for name in "abcdehi"] == [1, 2, 2, 1, 1, 1, 0]
     assert (retried["b"].state, retried["d"].state, ended(steps, tmp_path)["b"].state) == (DONE, DONE, DONE)
 
 
@@ -143,8 +150,9 @@ def test_dry_run(tmp_path: Path) -> None:
     failed = {found["step"]: found["reason"] for found in left["steps"] if found["state"] in (FAILED, LIMIT)}
     assert done.returncode == 0 and not failed, (done.stderr, failed)
     assert [found["state"] for found in left["steps"]] == [NOT_BUILT if one.not_built else DONE for one in STEPS]
+    assert [one.name for one in STEPS if one.not_built] == ["e, Muon"]
 
-    built = {name for name, goal in GOALS.items() if goal.built}
+    built = {name for name, goal in GOALS.items() if not goal.not_built}
     assert {found["goal"] for found in left["goals"]} == built - {"dense"}  # that one is for large shapes
     assert not any(found["wrong"] for found in left["results"]["a"]["results"])
     counts = left["results"]["b"]["results"][0]["counts"]
@@ -152,7 +160,9 @@ def test_dry_run(tmp_path: Path) -> None:
     for name in ("c", "g, c again"):
         assert all("megablocks (torch)" in case["implementations"] for case in left["results"][name]["results"])
     text = (tmp_path / "report.md").read_text()
-    assert "A dry run" in text and "not built yet" in text and "| c | an experts layer" in text
+    assert "A dry run" in text and "| c | an experts layer" in text
+    assert "| e, Muon | what our groups of Muon cost | not built: the optimizer does not exist yet | 0 |" in text
+    assert [found["trials"] for found in left["results"]["h"]["results"]] == [2]
     for goal in GOALS.values():
         assert f"| {goal.what} | {goal.text} |" in text
 
@@ -208,6 +218,45 @@ def test_synchronizations_are_counted_and_the_modes_own_warning_is_not(monkeypat
     assert balance.synchronizations(waits, "cpu") == 0
 
 
+def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the public command, on the GPU where that can be asked for; else it is not built, never a CPU's search."""
+    ran: list[list[str]] = []
+
+    def run(words: list[str], **options: Any) -> Any:
+        ran.append(words)
+        if "--help" not in words:
+            folder = Path(words[words.index("--output_dir") + 1])
+            folder.mkdir()
+            (folder / "tuned.yaml").write_text("learning_rate: 0.5\ninit_std: 0.02\n")
+            trials = [{"loss": 2.5, "seconds": 3.0}, {"loss": 2.0, "seconds": 4.0}, {"status": "lost"}]
+            (folder / "tune.json").write_text(json.dumps({"trials": trials}))
+        return SimpleNamespace(stdout=said)
+
+    monkeypatch.setattr(tuning.subprocess, "run", run)
+    words = ["--out", str(tmp_path / "h.json"), "--device", "cuda"]
+    said = "  --workers N   runs at a time, one on each --devices-like thing\n"
+    assert tuning.main(words) == NOT_BUILT_STATUS and len(ran) == 1
+    assert "moe-param tune has no --device" in capsys.readouterr().out
+
+    said = "  --device DEVICE   where to train\n"
+    assert tuning.main(words) == 0
+    assert ran[-1][:4] == list(tuning.TUNE) and ran[-1][-2:] == ["--device", "cuda"]
+    assert ran[-1][ran[-1].index("--workers") + 1] == "1" and "--overrides" not in ran[-1]
+    found = json.loads((tmp_path / "h.json").read_text())["results"]
+    assert found == [
+        {"name": "tune", "trials": 3, "best_loss": 2.0, "learning_rate": 0.5, "init_std": 0.02, "seconds_of_runs": 7.0}
+    ]
+
+
+def test_the_base_that_is_tuned_has_some_30M_active_parameters() -> None:
+    """By hand: attention, k of the experts with three matrices each, router and norms a layer; embedding, head."""
+    sizes = yaml.safe_load(tuning.CONFIG.read_text())["overrides"]
+    width, expert = sizes["hidden_size"], 3 * sizes["hidden_size"] * sizes["moe_intermediate_size"]
+    layer = 4 * width**2 + sizes["num_experts_per_tok"] * expert + sizes["num_experts"] * width
+    active = sizes["num_hidden_layers"] * layer + 2 * sizes["vocab_size"] * width
+    assert 30e6 < active < 40e6
+
+
 def test_what_a_training_run_on_a_gpu_logs(tmp_path: Path) -> None:
     """Its first speeds do not count; the share of the peak is there; and two runs beside each other."""
     speeds, losses = [1.0, 90.0, 100.0, 110.0, 105.0], [5.5, 5.0, 4.0, 3.5, 3.0]
@@ -245,7 +294,8 @@ def test_the_worst_number_counts() -> None:
     assert (worst["balancing"]["value"], worst["balancing"]["met_by"]) == (1.01, 1)
     table = goals.table([*found, held("step, Adam", 1.004)])
     assert "| ≥ 1.5 | 1.4 at worst, met by 2 of 3 |" in table and "| ≤ 1.005 | 1.004, met |" in table
-    assert table.count("not measured") == len(GOALS) - 4 and table.count("not built yet") == 1
+    assert table.count("not measured") == len(GOALS) - 3
+    assert table.count("| not measured: the optimizer does not exist yet |") == 1
 
 
 def test_numbers_stand_beside_their_goals_and_failures_say_why(tmp_path: Path) -> None:
@@ -256,9 +306,9 @@ def test_numbers_stand_beside_their_goals_and_failures_say_why(tmp_path: Path) -
     assert json.loads((tmp_path / "report.json").read_text()) == left and (tmp_path / "report.md").read_text() == text
     assert text.startswith("# a GPU, torch 2, transformers 5\n\n```\nmake gpu\n```") and "dry run" not in text
     assert "| ≥ 1.5 | 1.25 at worst, met by 2 of 4 |" in text  # what b had found before it failed counts too
-    assert "RuntimeError: no kernel image\n```" in text and "| h | tuning | not built yet: no workers | 0 |" in text
+    assert "RuntimeError: no kernel image\n```" in text and "| h | tuning | not built: no workers | 0 |" in text
     assert "- nvcc: none" in text and "| datasets | >=4 | none |" in text and "Lacking: datasets (nothing" in text
-    assert left["results"]["i"] == {}
+    assert left["results"]["i"] == {} and "| i | a step that works | not there yet when this was written | |" in text
 
 
 def test_an_experts_layer_is_a_table() -> None:
@@ -366,7 +416,7 @@ def test_the_setup_installs_and_says_what_is_there(tmp_path: Path, monkeypatch: 
 def test_what_is_needed() -> None:
     names = {requirement.name for requirement in packages.needed()}
     assert {"torch", "transformers", "rich", "datasets", "optuna", "matplotlib", "pytest"} <= names
-    assert not names & {"moe-param", "ruff", "trl"}
+    assert not names & {"moe-param", "psycopg", "ruff", "trl"}
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="reads pyproject.toml with tomllib")

@@ -84,12 +84,11 @@ def run_steps(run: Run, wheels: Path, command: str, arguments: argparse.Namespac
     end = time.monotonic() + 60 * arguments.minutes
     setup = prepare(run, wheels)
     machine = {name: setup["machine"][name] for name in IDENTITY} | {"smallest": run.smallest}
-    steps = [step for step in STEPS if not arguments.only or step.name in arguments.only]
     outcomes: list[Outcome] = []
-    for outcome in run_all(steps, run, machine, end, arguments.retry):
+    for outcome in run_all(STEPS, run, machine, end, arguments.retry, arguments.only or ()):
         outcomes.append(outcome)
         print(f"{outcome.step}: {outcome.state} ({outcome.seconds:g} s)", flush=True)
-        report.write(steps, outcomes, run, setup, command)
+        report.write(STEPS, outcomes, run, setup, command)
     print(f"the report: {run.folder}/report.md")
     return int(any(outcome.state in (FAILED, LIMIT) for outcome in outcomes))
 

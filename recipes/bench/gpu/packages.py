@@ -19,6 +19,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 ROOT = Path(__file__).parents[3]
 EXTRAS = ("plots", "train", "tune")
 TESTS = ("pytest",)  # of the test extra
+NOT_HERE = ("moe-param", "psycopg")  # the checkout itself; what searches over several machines need
 
 
 def needed(extras: Iterable[str] = EXTRAS) -> list[Requirement]:
@@ -30,7 +31,7 @@ def needed(extras: Iterable[str] = EXTRAS) -> list[Requirement]:
     texts = [*project["dependencies"], *(text for extra in extras for text in options[extra])]
     found = [Requirement(text) for text in texts + options["test"]]
     tests = [requirement for requirement in found[len(texts) :] if requirement.name in TESTS]
-    return [one for one in found[: len(texts)] if one.name != "moe-param"] + tests
+    return [one for one in found[: len(texts)] if one.name not in NOT_HERE] + tests
 
 
 def installed(path: list[str] | None = None) -> dict[str, str]:

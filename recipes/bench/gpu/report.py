@@ -70,6 +70,8 @@ def step_table(steps: Sequence[Step], outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         state = outcome.state if outcome.state in (DONE, FAILED, LIMIT) else f"{outcome.state}: {outcome.reason}"
         lines.append(f"| {outcome.step} | {title[outcome.step]} | {state} | {outcome.seconds:g} |")
+    for step in steps[len(outcomes) :]:
+        lines.append(f"| {step.name} | {step.title} | not there yet when this was written | |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any
 
 from moe_param.errors import InputError
 from moe_param.ledger import append, read_finished
-from recipes.bench.gpu.steps import Step
+from recipes.bench.gpu.steps import NOT_BUILT_STATUS, Step
 
 ROOT = Path(__file__).parents[3]
 LEDGER = "runs.jsonl"
 DONE, FAILED, LIMIT = "done", "failed", "killed at its limit"
-NOT_BUILT, NOT_RUN, NO_TIME = "not built yet", "not run", "no time left"
+NOT_BUILT, NOT_RUN, NO_TIME = "not built", "not run", "no time left"
 LEAST = 20.0
 """Seconds below which no step is begun: loading torch and transformers takes most of them."""
 SLACK = 5
@@ -68,7 +68,12 @@ def slug(step: Step) -> str:
 
 
 def run_all(
-    steps: Sequence[Step], run: Run, machine: Mapping[str, Any], end: float, retry: bool = False
+    steps: Sequence[Step],
+    run: Run,
+    machine: Mapping[str, Any],
+    end: float,
+    retry: bool = False,
+    only: Collection[str] = (),
 ) -> Iterator[Outcome]:
     """What becomes of each step, as it ends.
 
@@ -76,6 +81,7 @@ def run_all(
         end: when the time is up, by `time.monotonic`.
         machine: what the results depend on. Those of another machine are refused.
         retry: run again what failed or was killed at its limit.
+        only: names of the steps to run; of the others, what earlier runs left. Default: all.
 
     Raises:
         InputError: the folder holds the results of another machine, or another command works in it.
@@ -83,7 +89,9 @@ def run_all(
     ended = finished(run.folder / LEDGER, machine)
     for step in steps:
         known = ended.get(step.name)
-        if step.not_built:
+        if only and step.name not in only:
+            yield known or Outcome(step.name, NOT_RUN, reason="not among --only")
+        elif step.not_built:
             yield Outcome(step.name, NOT_BUILT, reason=step.not_built)
         elif known and (known.state == DONE or not retry):
             yield known
@@ -123,6 +131,8 @@ def run_step(step: Step, run: Run, left: float) -> Outcome:
     seconds = round(time.monotonic() - start, 1)
     if code is None and left < own:
         return Outcome(step.name, NO_TIME, seconds, f"cut after {seconds:.0f} s; the same command repeats it")
+    if code == NOT_BUILT_STATUS:
+        return Outcome(step.name, NOT_BUILT, seconds, tail(run.log(step), 1))
     if code is None:
         return Outcome(step.name, LIMIT, seconds, f"after {limit:g} s. {tail(run.log(step))}")
     return Outcome(step.name, FAILED if code else DONE, seconds, tail(run.log(step)) if code else "")

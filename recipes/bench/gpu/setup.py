@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from patches.check import cannot_interpret
 from recipes.bench.gpu import packages
 
 KERNELS_IN, KERNELS = "megablocks", ("--level", "triton")
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, required=True, help="where the JSON goes")
     arguments = parser.parse_args(argv)
 
+    if os.environ.get("TRITON_INTERPRET") == "1" and (reason := cannot_interpret()):
+        raise SystemExit(reason)
     before = packages.installed()
     todo = packages.missing(packages.needed(), packages.wheels_here(arguments.wheels), before)
     if todo["install"]:
@@ -58,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def install_kernels(wheels: Path, target: Path) -> str:
     """MegaBlocks' Triton kernels from their sources among the wheels; what the installer's check said at last."""
     done = subprocess.run(
-        [sys.executable, "-m", "patches.install", *KERNELS],
+        [sys.executable, "-m", "patches.install", *KERNELS, "--logs", str(target.with_name("setup.logs"))],
         env={**os.environ, **from_wheels(wheels, target)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -6,6 +6,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from recipes.bench.goals import GOALS
+
+NOT_BUILT_STATUS = 3
+"""The exit status of a step that finds nothing to run; the last line that it says is why."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -45,10 +50,11 @@ STEPS = (
     Step("b", "tests/gpu", "recipes.bench.gpu.gpu_tests", limit=300),
     Step("c", "an experts layer, all implementations", "recipes.bench.experts", EXPERTS, limit=240),
     Step("d", "what balancing costs", "recipes.bench.balance", limit=120),
-    Step("e", "what our optimizer groups cost", "recipes.bench.overhead", ("--only", "step"), limit=90),
+    Step("e", "what our groups of Adam cost", "recipes.bench.overhead", ("--only", "step"), limit=90),
+    Step("e, Muon", "what our groups of Muon cost", not_built=GOALS["step, Muon"].not_built),
     Step("f", "a training run, megablocks against grouped_mm", "recipes.bench.gpu.training", limit=420),
     Step("g", "building grouped_gemm for this GPU", "recipes.bench.gpu.build", limit=420),
     Step("g, c again", "the experts layer, with grouped_gemm", "recipes.bench.experts", EXPERTS, limit=240, needs="g"),
     Step("g, b again", "tests/gpu with grouped_gemm", "recipes.bench.gpu.gpu_tests", ("-k", "grouped_gemm"), 200, "g"),
-    Step("h", "tuning with one GPU worker", not_built="moe-param tune trains on CPUs only; it has no GPU workers yet"),
+    Step("h", "tuning a base with one GPU worker, in what time is left", "recipes.bench.gpu.tuning", limit=3600),
 )

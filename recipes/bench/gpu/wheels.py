@@ -22,10 +22,10 @@ from recipes.bench.gpu.packages import ROOT, needed, requirements_of
 
 ASSUMED = (
     *("torch", "triton", "transformers", "huggingface-hub", "tokenizers", "numpy", "scipy", "pandas", "pyarrow"),
-    *("matplotlib", "tensorboard", "pip", "psycopg"),
+    *("matplotlib", "tensorboard", "pip"),
 )
-"""What a machine for deep learning has, and psycopg, which only searches over several machines need. What they depend
-on is there with them. All of it together would not be carried in 60 MB."""
+"""What a machine for deep learning has. What they depend on is there with them. All of it together would not be carried
+in 60 MB."""
 EXTRA = ("typer", "ninja", "setuptools", "wheel", "tqdm", "hf-xet")
 """What else was missed on such machines, and what builds the sources."""
 SOURCES = (STK, MEGABLOCKS, GROUPED_GEMM)
