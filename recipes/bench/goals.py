@@ -76,9 +76,9 @@ def worst(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: list[dict[str, Any]], heading: str = "measured") -> str:
     """In Markdown: every goal, and the number beside it, or that there is none."""
-    rows, lines = worst(found), ["| number | goal | measured |", "|---|---|---|"]
+    rows, lines = worst(found), [f"| number | goal | {heading} |", "|---|---|---|"]
     for name, goal in GOALS.items():
         measured = f"not measured: {goal.not_built}" if goal.not_built else "not measured"
         if row := rows.get(name):

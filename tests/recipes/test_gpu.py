@@ -160,7 +160,11 @@ def test_dry_run(tmp_path: Path) -> None:
     for name in ("c", "g, c again"):
         assert all("megablocks (torch)" in case["implementations"] for case in left["results"][name]["results"])
     text = (tmp_path / "report.md").read_text()
-    assert "A dry run" in text and "| c | an experts layer" in text
+    assert (
+        "A dry run" in text
+        and "| number | goal | dry run, does not count |" in text
+        and "| c | an experts layer" in text
+    )
     assert "| e, Muon | what our groups of Muon cost | not built: the optimizer does not exist yet | 0 |" in text
     assert [found["trials"] for found in left["results"]["h"]["results"]] == [2]
     for goal in GOALS.values():
@@ -324,7 +328,21 @@ def test_an_experts_layer_is_a_table() -> None:
     text = rows.describe([case, without, choice])
     assert "| E8k2F4096H1024 | 32768 | skewed | 10 | 5.00 | - |" in text
     assert "| balanced | - | - | - |" in text and "- not run: sonicmoe, 2 of 2: no kernel" in text
-    assert "- name provider, line FASTEST[(9, 0)] = 'torch', torch_over_grouped_gemm 0.8" in text
+    assert "- provider: line FASTEST[(9, 0)] = 'torch', torch_over_grouped_gemm 0.8" in text
+
+
+def test_a_line_says_what_a_ratio_is_of() -> None:
+    row = {"name": "native bias", "target": 1.005, "ratio": 1.02, "ours": "with", "theirs": "without", "goals": []}
+    assert rows.describe([row]) == "- native bias: with / without 1.02, target 1.005"
+    assert rows.describe([{"counts": {"passed": 3, "skipped": 1}}]) == "- passed 3, skipped 1"
+
+
+def test_errors_stand_beside_eagers_and_what_is_wrong_is_named() -> None:
+    case = {"shape": "E4k1F512H256", "tokens": 1024, "routing": "skewed"}
+    ours, eager = {"output": 0.004, "down_proj": 0.5}, {"output": 0.003, "down_proj": 0.0041}
+    text = rows.describe([{**case, "ours": ours, "eager": eager, "wrong": ["down_proj"]}])
+    assert "| shape | tokens | routing | output | down_proj | wrong |" in text
+    assert "| E4k1F512H256 | 1024 | skewed | 0.004 (0.003) | 0.5 (0.0041) | down_proj |" in text
 
 
 def test_each_test_is_on_disk_as_it_ends(tmp_path: Path) -> None:

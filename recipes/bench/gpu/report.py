@@ -29,7 +29,8 @@ def write(
         "results": results,
     }
     (run.folder / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    text = markdown(steps, outcomes, run, setup, command, results, table(found))
+    heading = "dry run, does not count" if run.smallest else "measured"
+    text = markdown(steps, outcomes, run, setup, command, results, table(found, heading))
     (run.folder / "report.md").write_text(text, "utf-8")
     return report, text
 

@@ -11,12 +11,27 @@ LONG = 80
 
 
 def describe(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Tests by outcome, an experts layer as a table, anything else a line for each row."""
-    tests = [row for row in rows if "outcome" in row]
-    cases = [row for row in rows if "implementations" in row]
-    others = [row for row in rows if "outcome" not in row and "implementations" not in row]
-    parts = [*experts_table(cases), "\n".join(f"- {', '.join(cells(row))}" for row in others), *test_lines(tests)]
+    """Tests by outcome, errors and an experts layer as tables, anything else a line for each row."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {"outcome": [], "implementations": [], "wrong": [], "": []}
+    for row in rows:
+        kinds[next(kind for kind in kinds if kind in row or not kind)].append(row)
+    parts = [
+        *errors_table(kinds["wrong"]),
+        *experts_table(kinds["implementations"]),
+        "\n".join(line(row) for row in kinds[""]),
+        *test_lines(kinds["outcome"]),
+    ]
     return "\n\n".join(part for part in parts if part)
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """What it is about, then the rest; a ratio with what it is the ratio of."""
+    rest = {name: value for name, value in row.items() if name not in ("name", "counts")} | row.get("counts", {})
+    if {"ratio", "ours", "theirs"} <= rest.keys():
+        ratio, ours, theirs = (rest.pop(name) for name in ("ratio", "ours", "theirs"))
+        rest = {f"{ours} / {theirs}": ratio, **rest}
+    name = f"{row['name']}: " if "name" in row else ""
+    return f"- {name}{', '.join(cells(rest))}"
 
 
 def cells(row: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -27,9 +42,20 @@ def cells(row: Mapping[str, Any], prefix: str = "") -> list[str]:
             found += cells(value, f"{prefix}{name} ")
         elif value is not None and not isinstance(value, list) and len(str(value)) <= LONG:
             found.append(f"{prefix}{name} {value:.4g}" if isinstance(value, float) else f"{prefix}{name} {value}")
-        elif name == "wrong" and value:
-            found.append(f"{prefix}{name} {value}")
     return found
+
+
+def errors_table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far ours is from float64, eager beside it; what is too far off."""
+    if not cases:
+        return []
+    names = list(cases[0]["ours"])
+    lines = [f"| shape | tokens | routing | {' | '.join(names)} | wrong |", "|---" * (4 + len(names)) + "|"]
+    for case in cases:
+        errors = [f"{case['ours'][name]:.2g} ({case['eager'][name]:.2g})" for name in names]
+        cell = [case["shape"], str(case["tokens"]), case["routing"], *errors, ", ".join(case["wrong"]) or "nothing"]
+        lines.append(f"| {' | '.join(cell)} |")
+    return ["\n".join(lines), "Distance from float64 over its norm; in brackets eager's."]
 
 
 def experts_table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
