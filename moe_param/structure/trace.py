@@ -68,6 +68,15 @@ def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
     )
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Keeps the caller's state and the reading from each other: the random generator (what a model computes with
+    constants alone is computed for real, and noise may be among it), the default device, inference mode."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
 class Watcher(TorchDispatchMode):
     """Keeps the flow of every floating-point tensor, and values of whole numbers and masks.
 
@@ -144,7 +153,7 @@ class Watcher(TorchDispatchMode):
 
 
 _RANDOM = {"rand", "randn", "randint", "randperm", "normal", "bernoulli"}
-"""Not run for real: that would draw from the user's generator."""
+"""Not run for real: noise has no value that a model's structure could depend on."""
 
 _FACTORIES = {"new_empty", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"}
 """New tensors in the likeness of another one: they take nothing from it."""
@@ -229,7 +238,7 @@ def shared_trace(model_class: type[PreTrainedModel], config: PretrainedConfig) -
 def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
     config = copy.deepcopy(config)
     adapter = adapter_for(config)
-    with _quiet(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as fakes:
+    with _quiet(), _apart(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as fakes:
         inits = InitWatcher(fakes)
         with inits, _one_line(f"{model_class.__name__} could not be built on fake tensors"):
             model = model_class(config)
