@@ -231,13 +231,13 @@ def _copies(trace: Trace, block: str, choice: Choice) -> tuple[str, int, list[st
             return owner, choice.among, [name for names in members.values() for name in names]
     stacked = {name: trace.stacked.get(name, trace.shapes[name][0]) for name in inside}
     stacked = {n: size for n, size in stacked.items() if n in trace.stacked or len(trace.shapes[n]) == 3}
-    # Where nothing is as many, some candidates compute nothing, and the experts are fewer: more than a token visits.
-    fewer = sorted({size for size in stacked.values() if choice.count < size < choice.among})
-    num_experts = choice.among if choice.among in stacked.values() else next(iter(fewer), None)
-    if num_experts is None:
+    # Beside real experts some routers have candidates that compute nothing: then there are fewer experts than
+    # candidates, in some of their stacks, and still more than a token visits.
+    counts = sorted({n for n in stacked.values() if n == choice.among or choice.count < n < choice.among})
+    if not counts:
         return None
-    members_of = [name for name, size in stacked.items() if size == num_experts]
-    return _common(members_of), num_experts, members_of
+    members_of = [name for name, size in stacked.items() if size in counts]
+    return _common(members_of), counts[0], members_of
 
 
 def _common(names: list[str]) -> str:
