@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from moe_param.structure.scaling_config import scale_config
     from moe_param.structure.shape import Shape, ShapeError
     from moe_param.structure.suggest import BaseSuggestion, suggest_base
+    from moe_param.trial import ReportError, report
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
+    from moe_param.tuning.commands import CommandRunner
+    from moe_param.tuning.runners import LoopRunner
 
 __version__ = "0.2.0"
 
@@ -58,7 +61,10 @@ _NAMES = {
     "structure.shape": ("Shape", "ShapeError"),
     "structure.suggest": ("BaseSuggestion", "suggest_base"),
     "structure.observations": ("StructureError",),
+    "trial": ("ReportError", "report"),
     "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
+    "tuning.commands": ("CommandRunner",),
+    "tuning.runners": ("LoopRunner",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -66,6 +72,7 @@ __all__ = [
     "AdapterError",
     "BalanceError",
     "BaseSuggestion",
+    "CommandRunner",
     "CoordCheck",
     "CoordCheckError",
     "HorizonError",
@@ -73,12 +80,14 @@ __all__ = [
     "InputError",
     "LoadBalancer",
     "LoadBalancingCallback",
+    "LoopRunner",
     "MoeParamError",
     "OptimizerError",
     "Parameterization",
     "ParameterizationError",
     "ReloadError",
     "ReloadExpertsCallback",
+    "ReportError",
     "RoleError",
     "RoutingError",
     "Rule",
@@ -102,6 +111,7 @@ __all__ = [
     "plan",
     "read_tuned",
     "register_adapter",
+    "report",
     "scale_config",
     "suggest_base",
 ]

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "moe_param"
 
 FLOORS = (
     ("errors",),
-    ("naming", "statistics", "folder_lock", "ledger", "corpus"),
+    ("naming", "statistics", "folder_lock", "ledger", "corpus", "trial"),
     ("experts", "parsing"),
     ("structure",),
     ("scaling",),
