@@ -39,8 +39,12 @@ GRACE = 60.0
 LINES, CHARACTERS = 8, 2000
 """How much of what a failed command said is kept."""
 
-LAUNCHERS = ("accelerate/commands/", "torch/distributed/", "torch.distributed.")
-"""What a launcher says of a script's failure names one of these; the script's own words come before it."""
+LAUNCHERS = (
+    *("bin/accelerate", "accelerate/commands/", "bin/torchrun", "torch/distributed/run.py"),
+    *("torch/distributed/launcher/", "torch/distributed/elastic/agent/"),
+    "torch/distributed/elastic/multiprocessing/api.py",
+)
+"""What a launcher says of a script's failure begins with one of these; the script's own words come before it."""
 
 DEVICES = "CUDA_VISIBLE_DEVICES"
 
@@ -276,7 +280,8 @@ def last_words(path: Path) -> str:
     """The end of what a script said, without what its launcher has to say about it."""
     lines = [line for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
     foreign = next((i for i, line in enumerate(lines) if any(name in line for name in LAUNCHERS)), len(lines))
-    own = lines[:foreign]
-    while own and own[-1].startswith("Traceback"):
-        own.pop()
+    begin = foreign
+    while begin and lines[begin - 1].startswith(" "):  # a traceback that was under way
+        begin -= 1
+    own = lines[: begin - 1] if begin and lines[begin - 1].startswith("Traceback") else lines[:foreign]
     return "\n".join((own or lines)[-LINES:])[-CHARACTERS:]
