@@ -120,7 +120,13 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    except ModuleNotFoundError as error:
+        if not _HOME[name].startswith("tuning."):
+            raise
+        missing = str(error.name).partition(".")[0]
+        raise ImportError(f"moe_param.{name} needs {missing}: pip install 'moe-param[tune]'") from error
     globals()[name] = value
     return value
 

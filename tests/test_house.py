@@ -140,6 +140,14 @@ def test_importing_the_package_loads_the_core_alone() -> None:
     assert done.stdout.strip() == ""
 
 
+@pytest.mark.parametrize(("name", "package"), [("CommandRunner", "psutil"), ("LoopRunner", "optuna")])
+def test_a_name_of_an_extra_says_which(name: str, package: str) -> None:
+    code = f"import sys; sys.modules[{package!r}] = None; import moe_param; moe_param.apply; moe_param.{name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said = f"ImportError: moe_param.{name} needs {package}: pip install 'moe-param[tune]'"
+    assert done.stderr.splitlines()[-1] == said
+
+
 @pytest.mark.parametrize("name", ["apply", "plan", "coord_check", "Parameterization", "scale_config"])
 def test_public_names_are_not_hidden_by_modules(name: str) -> None:
     """`import moe_param.X` puts the module where `moe_param.X` is looked up, so no module may have a public name."""

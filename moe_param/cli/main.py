@@ -26,7 +26,10 @@ COMMANDS = {
     "install-kernels": "build MegaBlocks' kernels for this machine",
 }
 
-EXTRAS = {"datasets": "train", "tensorboard": "train", "optuna": "tune", "sqlalchemy": "tune", "matplotlib": "plots"}
+EXTRAS = {
+    **{"datasets": "train", "tensorboard": "train", "optuna": "tune", "psutil": "tune", "sqlalchemy": "tune"},
+    "matplotlib": "plots",
+}
 """Module -> the extra of this package that brings it."""
 
 USAGE, INTERRUPTED = 2, 130
