@@ -63,6 +63,7 @@ def test_it_holds_the_product_and_no_tests(wheel: Path) -> None:
     for name in (
         "py.typed",
         "structure/adapters.yaml",
+        *(f"tuning/templates/page.{kind}" for kind in ("html", "css", "js")),
         *(f"scaling/specs/{spec}" for spec in specs),
         "patches/install.py",
         "patches/check.py",
@@ -86,6 +87,8 @@ def test_from_a_config_to_a_trained_target(installed: Path, folder: Path) -> Non
     axes = ("--axes", "width=2", "--smallest", "--workers", "1", "--output_dir", "moved")
     moe_param(installed, folder, "transfer", "base/tuned.yaml", *axes)
     assert (folder / "moved" / "transfer.json").is_file()
+    assert "</html>" in (folder / "base" / "tune.html").read_text("utf-8")
+    assert "</html>" in (folder / "moved" / "transfer.html").read_text("utf-8")
     shape = ("--shape", "width=32,expert_size=32", "--output_dir", "trained", "--report_to", "none")
     moe_param(installed, folder, "train", "base/tuned.yaml", *shape)
     assert (folder / "trained" / "model.safetensors").is_file()

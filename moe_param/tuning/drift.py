@@ -154,6 +154,10 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def plot(ladder: Ladder, rows: list[dict[str, Any]], lr: float, path: Path) -> None:
+    draw(ladder, rows, lr).savefig(path, dpi=120)
+
+
+def draw(ladder: Ladder, rows: Sequence[Mapping[str, Any]], lr: float) -> Any:
     """A panel for each target (across) and spec (down): loss against learning rate, at the base and at the target."""
     from matplotlib.figure import Figure
 
@@ -167,7 +171,7 @@ def plot(ladder: Ladder, rows: list[dict[str, Any]], lr: float, path: Path) -> N
         axes.set_xlabel("learning rate")
     for line in panels:
         line[0].set_ylabel("validation loss")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _panel(axes: Any, row: Mapping[str, Any], rates: Sequence[float], lr: float) -> None:

@@ -154,6 +154,11 @@ def plot_rates(axes: Any, strategy: Strategy, trials: list[FrozenTrial], found: 
     for key, point in points.items():
         name = "" if isinstance(strategy, Tpe) else without_rate(point)
         lines.setdefault(name, []).append((point["learning_rate"], statistics.fmean(results[key])))
+    draw_rates(axes, lines, found, sampled=isinstance(strategy, Tpe))
+
+
+def draw_rates(axes: Any, lines: Mapping[str, Sequence[tuple[float, float]]], found: Found, *, sampled: bool) -> None:
+    """`lines`: what is the same along one → (learning rate, mean loss); `sampled` points are on no line."""
     losses = [loss for line in lines.values() for _, loss in line if math.isfinite(loss)]
     top = max(losses)
     best_first = sorted(lines, key=lambda name: min(loss for _, loss in lines[name]))
@@ -161,8 +166,8 @@ def plot_rates(axes: Any, strategy: Strategy, trials: list[FrozenTrial], found: 
         runs = sorted((rate, loss) for rate, loss in lines[name] if math.isfinite(loss))
         gone = sorted(rate for rate, loss in lines[name] if not math.isfinite(loss))
         colour = f"C{rank}" if rank < 8 else "0.8"
-        style = "o" if isinstance(strategy, Tpe) else "o-"
-        label = (name or ("trials" if isinstance(strategy, Tpe) else "config's own")) if rank < 8 else None
+        style = "o" if sampled else "o-"
+        label = (name or ("trials" if sampled else "config's own")) if rank < 8 else None
         if runs:
             axes.plot(*zip(*runs), style, color=colour, markersize=4, label=label)
         if gone:

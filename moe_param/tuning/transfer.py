@@ -33,6 +33,8 @@ from moe_param.training.arguments import build_configs, parse
 from moe_param.training.report import active_parameters, finite, hardware, versions
 from moe_param.tuning.drift import Ladder, Run, plot, summarize, table
 from moe_param.tuning.ledger import cores, run_all
+from moe_param.tuning.page import write
+from moe_param.tuning.reports import transfer_page
 from moe_param.tuning.short_run import ShortRun, check_run, short_run, times_seen, train
 from moe_param.tuning.workers import Watch
 
@@ -211,8 +213,9 @@ def transfer(args: TransferArguments, *, command: str) -> dict[str, Any]:
         }
         (output / "transfer.json").write_text(json.dumps(finite(record), indent=1) + "\n", "utf-8")
         plot(plan.ladder, rows, plan.learning_rate, output / "transfer.png")
+        write(output / "transfer.html", transfer_page(record))
     console.print(table(rows))
-    console.print(f"numbers in {output / 'transfer.json'}, picture in {output / 'transfer.png'}")
+    console.print(f"numbers in {output / 'transfer.json'}, report in {output / 'transfer.html'}")
     return record
 
 

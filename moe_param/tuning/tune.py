@@ -34,6 +34,8 @@ from moe_param.training.report import finite, hardware, versions
 from moe_param.tuning.arguments import TuneArguments
 from moe_param.tuning.base import Base, read_base
 from moe_param.tuning.constants import Point, canonical, key_of
+from moe_param.tuning.page import write
+from moe_param.tuning.reports import tune_page
 from moe_param.tuning.results import Found, conclude, plot, split, tables, trial_records, write_tuned
 from moe_param.tuning.search import (
     Coordinate,
@@ -76,7 +78,7 @@ def tune(
     command: str,
     evaluate: Evaluate | None = None,
 ) -> dict[str, Any]:
-    """Runs the search and writes tuned.yaml, tune.json and tune.png to the output folder; returns what tune.json holds.
+    """Runs the search and writes tuned.yaml, tune.json, .png and .html to the output folder; returns the second.
 
     Args:
         command: what was typed, for the record.
@@ -107,6 +109,7 @@ def tune(
         write_tuned(output / "tuned.yaml", base.yaml, found, command)
         (output / "tune.json").write_text(json.dumps(finite(record), indent=2) + "\n", "utf-8")
         plot(strategy, trials, found, output / "tune.png")
+        write(output / "tune.html", tune_page(record))
     console.print(tables(found, trials))
     tell(found, record["statuses"], output, console)
     return record
@@ -137,7 +140,7 @@ def tell(found: Found, statuses: Mapping[str, int], output: Path, console: Conso
     console.print(
         f"best: {key_of(found.best)}, loss {found.loss:.4f}; {statuses.get('complete', 0)} trials complete"
         + "".join(f", {n} {status}" for status, n in lost.items())
-        + f"\n{output / 'tuned.yaml'}, {output / 'tune.json'}, {output / 'tune.png'}",
+        + f"\n{output / 'tuned.yaml'}, {output / 'tune.json'}, {output / 'tune.png'}, {output / 'tune.html'}",
         soft_wrap=True,
     )
 

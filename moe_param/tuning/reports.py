@@ -1,0 +1,682 @@
+"""What tune.json and transfer.json hold, as pages to share: tune.html and transfer.html.
+
+Pure functions of the plain records. A page is a table of sections; a section is a function of the record that gives
+None where the record has nothing for it, so a new key needs a function and a line in the table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from moe_param.training.report import finite
+from moe_param.tuning.constants import Judgement
+from moe_param.tuning.drift import DRIFT, REGRET, Ladder, draw
+from moe_param.tuning.page import (
+    Code,
+    Details,
+    Figure,
+    Gallery,
+    Note,
+    Page,
+    Part,
+    Row,
+    Section,
+    TableOf,
+    Verdict,
+    command,
+    table,
+)
+from moe_param.tuning.results import TOLERANCE, Found, draw_rates, plot_pass, split, without_rate
+
+Record = Mapping[str, Any]
+Builder = Callable[[Record], Section | None]
+
+WIDTH = 4.8  # inches: at this size a picture's letters can be read on a phone
+Kind = TypeVar("Kind")
+
+
+# -- numbers as one reads them -----------------------------------------------------------------------------------------
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def power(value: float) -> str:
+    """2⁻⁶ where it is one, else 0.0685."""
+    exponent = math.log2(value)
+    if abs(exponent - round(exponent)) < 1e-6:
+        return "2" + str(round(exponent)).translate(SUPERSCRIPT)
+    return f"{value:.3g}"
+
+
+def octaves(value: float) -> str:
+    return f"2^{math.log2(value):.2f}".replace("-", "−")
+
+
+def nats(loss: float | None) -> str:
+    return "diverged" if loss is None or not math.isfinite(loss) else f"{loss:.4f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} hours" if hours >= 1 else f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def size(parameters: float) -> str:
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= factor:
+            return f"{parameters / factor:.3g}{unit}"
+    return f"{parameters:.0f}"
+
+
+def constants_of(point: Mapping[str, float]) -> str:
+    """init std 0.06, router.lr ×4; empty where all is the config's own."""
+    names = {"init_std": "init std "}
+    return ", ".join(
+        f"{names.get(name, name + ' ×')}{value:.4g}" for name, value in point.items() if name != "learning_rate"
+    )
+
+
+def plain(value: Any) -> str:
+    """Text of anything that a record may hold."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    words = {None: "–", True: "yes", False: "no"}
+    return words.get(value, str(value))
+
+
+def things(rows: Any, caption: str) -> TableOf | None:
+    """A table of any list of flat mappings, or of one mapping: for what has no section of its own shape."""
+    if isinstance(rows, Mapping):
+        return table(("", "value"), [(label(name), plain(value)) for name, value in rows.items()], caption)
+    if not isinstance(rows, list | tuple) or not rows or not all(isinstance(row, Mapping) for row in rows):
+        return None
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return table([label(n) for n in names], [[plain(row.get(n)) for n in names] for row in rows], caption)
+
+
+def label(name: str) -> str:
+    return str(name).replace("_", " ")
+
+
+def known(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """A dataclass of those values it has fields for: records outlive the code that wrote them."""
+    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
+
+
+def sections(builders: Iterable[Builder], record: Record) -> tuple[Section, ...]:
+    return tuple(section for builder in builders if (section := builder(record)) is not None)
+
+
+def facts_of(record: Record) -> tuple[tuple[str, str], ...]:
+    """Where and with what it ran."""
+    known_facts = [
+        (label(name), plain(record[name])) for name in ("started", "finished", "date", "hardware") if name in record
+    ]
+    took = [("last session", duration(record["seconds"]))] if record.get("seconds") else []
+    return (*known_facts, *took, *((name, str(value)) for name, value in record.get("versions", {}).items()))
+
+
+def canvas(height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+# -- tune --------------------------------------------------------------------------------------------------------------
+def tune_page(record: Record) -> Page:
+    """Of what tune.json holds."""
+    record = finite(json.loads(json.dumps(record)))  # as the file has it: no infinity, lists alone
+    found = found_of(record)
+    rate, std, constants = split(found.best)
+    low, high = found.stable
+    done, all_of = record.get("statuses", {}).get("complete", 0), len(record["trials"])
+    stable = math.log2(high / low)
+    verdicts = [
+        Verdict(f"{found.loss:.3f}", "best loss", f"nats per token, mean of {count(len(seeds_of(record)), 'seed')}"),
+        Verdict(power(rate), "learning rate", f"{rate:.4g}"),
+        Verdict(f"{std:.3g}" if std else "config's", "init std", constants_note(constants)),
+        Verdict(f"{stable:.1f}", "as good, octaves", f"{low:.3g} to {high:.3g} lose at most {TOLERANCE:.0%}"),
+    ]
+    return Page(
+        title=f"Tuned: {record.get('settings', {}).get('model', {}).get('model_type', 'a base')}",
+        lead=f"{base_of(record)}. Best loss {found.loss:.3f} nats at learning rate {power(rate)}"
+        + (f" with {constants_of(found.best)}" if constants_of(found.best) else "")
+        + f"; {done} of {count(all_of, 'trial')} complete.",
+        verdicts=tuple(verdicts),
+        sections=sections(TUNE, record),
+        facts=facts_of(record),
+    )
+
+
+def constants_note(constants: Mapping[str, Any] | None) -> str:
+    changed = sum(len(kinds) for kinds in (constants or {}).values())
+    return f"{count(changed, 'constant')} changed" if changed else "no constant changed"
+
+
+def seeds_of(record: Record) -> Sequence[int]:
+    seeds: Sequence[int] = record.get("settings", {}).get("seeds", [])
+    return seeds
+
+
+def base_of(record: Record) -> str:
+    """The base has width 32, depth 2, 8 experts of size 32, 2 active."""
+    shape = record.get("tuned_at", {})
+    words = [f"{name} {shape[name]}" for name in ("width", "depth") if shape.get(name)]
+    if shape.get("num_experts"):
+        words.append(f"{shape['num_experts']} experts of size {shape.get('expert_size')}, {shape.get('top_k')} active")
+    return "The base has " + ", ".join(words)
+
+
+def found_of(record: Record) -> Found:
+    """Infinite gains are null in a file: the change diverged, or the point before it did."""
+    best = record["best"]
+
+    def judgement(values: Record) -> Judgement:
+        lost = math.inf if values["accepted"] else -math.inf
+        gains = tuple(lost if gain is None else gain for gain in values["gains"])
+        gain = lost if values["gain"] is None else values["gain"]
+        needed = math.inf if values["needed"] is None else values["needed"]
+        return known(Judgement, {**values, "gains": gains, "gain": gain, "needed": needed})
+
+    judgements = tuple(judgement(values) for values in best.get("judgements", ()))
+    return known(Found, {**best, "stable": tuple(best["stable"]), "judgements": judgements})
+
+
+def tune_notes(record: Record) -> Section | None:
+    found = found_of(record)
+    notes = [
+        Note(f"The best {label(name)} is at the end of its ladder: it may lie outside. Make the ladder longer.")
+        for name in found.at_edge
+    ]
+    lost = {status: n for status, n in record.get("statuses", {}).items() if status != "complete"}
+    if lost:
+        said = ", ".join(f"{n} {status}" for status, n in lost.items())
+        notes.append(Note(f"Not every trial has a loss: {said}. They are in the list of all trials."))
+    return Section("To be careful about", "", tuple(notes)) if notes else None
+
+
+def tune_rates(record: Record) -> Section | None:
+    """Drawn where there is a line of at least three rates, or many points that share none."""
+    found, points = found_of(record), points_of(record)
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point, loss in points:
+        lines.setdefault(without_rate(point), []).append((point["learning_rate"], loss))
+    sampled = len(points) >= 5 and len(lines) > len(points) / 2 and not found.judgements
+    if sampled:
+        lines = {"": [pair for line in lines.values() for pair in line]}
+    lines = {name: line for name, line in lines.items() if len(line) >= 3}
+    if not any(math.isfinite(loss) for line in lines.values() for _, loss in line):
+        return None
+    figure, axes = canvas(3.3)
+    draw_rates(axes, lines, found, sampled=sampled)
+    alt = (
+        f"Validation loss against learning rate. The lowest loss, {found.loss:.3f} nats, is at "
+        f"{power(found.best['learning_rate'])}; between {octaves(found.stable[0])} and {octaves(found.stable[1])} it "
+        f"is at most {TOLERANCE:.0%} higher."
+    )
+    caption = f"The star is the best point; in the shaded region the loss is within {TOLERANCE:.0%} of its."
+    return Section("Loss against learning rate", "", (Figure(figure, alt, caption),))
+
+
+def points_of(record: Record) -> list[tuple[dict[str, float], float]]:
+    """Every point with a result, once: inf where it diverged."""
+    points: dict[str, tuple[dict[str, float], float]] = {}
+    for trial in record["trials"]:
+        if trial["status"] in ("complete", "diverged") and trial.get("point"):
+            loss = math.inf if trial["loss"] is None else trial["loss"]
+            points.setdefault(json.dumps(trial["point"], sort_keys=True), (trial["point"], loss))
+    return list(points.values())
+
+
+def tune_pass(record: Record) -> Section | None:
+    found = found_of(record)
+    if not found.judgements:
+        return None
+    figure, axes = canvas(max(3.0, 0.22 * len(found.judgements) + 1.2))
+    plot_pass(axes, found)
+    low, high = axes.get_xlim()
+    axes.set_xticks([x for x in (-1.0, -0.1, 0.0, 0.1, 1.0) if low <= x <= high])
+    axes.set_xlabel("gain of each seed (nats)")
+    axes.tick_params("y", labelsize=8)
+    kept = [j for j in found.judgements if j.accepted]
+    rows = [
+        Row(
+            (f"{j.coordinate} ×{j.factor:g}", gain_of(j), nats(j.needed), " ".join(f"{gain:+.3f}" for gain in j.gains)),
+            "best" if j.accepted else "",
+        )
+        for j in found.judgements
+    ]
+    start = (
+        "" if found.start_loss is None else f" The pass began at {nats(found.start_loss)}, ended at {found.loss:.4f}."
+    )
+    return Section(
+        "What each change gained",
+        f"A change is kept where it is better with every seed and its mean gain exceeds what noise would give. "
+        f"{len(kept)} of {count(len(found.judgements), 'change')} kept.{start}",
+        (
+            Figure(
+                figure,
+                f"Gain of each change, seed by seed; {len(kept)} exceed what they had to.",
+                "Dots: seeds; long bar: their mean; red bar: what the mean had to exceed; green: kept; ×: diverged.",
+            ),
+            Details(
+                "The numbers",
+                (TableOf(("change", "gain", "needed", "each seed"), tuple(rows), "Gains in nats per token"),),
+            ),
+        ),
+    )
+
+
+def gain_of(judgement: Judgement) -> str:
+    if math.isfinite(judgement.gain):
+        return f"{judgement.gain:+.4f}"
+    return "diverged" if judgement.gain < 0 else "no longer diverges"
+
+
+def tune_constants(record: Record) -> Section | None:
+    """The constants per role, where there are any."""
+    _, _, constants = split(found_of(record).best)
+    if not constants:
+        return None
+    rows = [
+        (role, *(f"×{kinds[kind]:.4g}" if kind in kinds else "–" for kind in ("init", "lr")))
+        for role, kinds in constants.items()
+    ]
+    return Section("Constants", "", (table(("role", "init", "learning rate"), rows, "What differs from 1"),))
+
+
+def tune_stages(record: Record) -> Section | None:
+    parts = [
+        found
+        for name, caption in (("stages", "The stages of the search"), ("budget", "What it was allowed to cost"))
+        if (found := things(record.get(name), caption)) is not None
+    ]
+    return Section("Stages and budget", "", tuple(parts)) if parts else None
+
+
+def tune_trials(record: Record) -> Section | None:
+    trials = record["trials"]
+    if not trials:
+        return None
+    complete = sorted((t for t in trials if t["status"] == "complete"), key=lambda t: (t["loss"], t["number"]))
+    chosen = record["best"]["best"]  # of a pass over the constants not the lowest loss: that may be noise
+    best = [Row(numbers_of(trial), "best" if trial.get("point") == chosen else "") for trial in complete[:10]]
+    everything = [
+        Row(
+            (str(trial["number"]), trial["status"], *numbers_of(trial), plain(trial.get("seconds")), said_by(trial)),
+            "" if trial["status"] == "complete" else "failed",
+        )
+        for trial in trials
+    ]
+    numbers = ("loss", "learning rate", "rest", "each seed")
+    listed = TableOf(
+        ("trial", "status", *numbers, "seconds", "what it said"),
+        tuple(everything),
+        "All trials, in the order they were started",
+    )
+    return Section(
+        "The search",
+        "",
+        (
+            *progress(trials),
+            TableOf(numbers, tuple(best), f"The {count(len(best), 'trial')} of the lowest loss (nats per token)"),
+            Details(f"All {count(len(trials), 'trial')}", (listed,)),
+        ),
+    )
+
+
+def numbers_of(trial: Record) -> tuple[str, ...]:
+    """Loss, learning rate, the rest of the point, the loss of each seed."""
+    point = trial.get("point") or {}
+    rate = point.get("learning_rate")
+    losses = " ".join(nats(loss) for loss in (trial.get("losses") or {}).values())
+    return (
+        nats(trial["loss"]) if trial["status"] in ("complete", "diverged") else "–",
+        power(rate) if rate else "–",
+        constants_of(point) or "config's own",
+        losses or "–",
+    )
+
+
+def said_by(trial: Record) -> str:
+    return str(trial.get("error") or trial.get("failure") or "")
+
+
+def progress(trials: Sequence[Record]) -> list[Part]:
+    """Every loss in the order of the trials, and the best so far."""
+    done = [(t["number"], t["loss"]) for t in trials if t["status"] == "complete" and t["loss"] is not None]
+    gone = [t["number"] for t in trials if t["status"] == "diverged"]
+    if len(done) < 3:
+        return []
+    numbers, losses = zip(*done)
+    best = [min(losses[: i + 1]) for i in range(len(losses))]
+    top = min(max(losses), statistics.median(losses) + 3 * (statistics.median(losses) - min(losses)))
+    figure, axes = canvas(2.6)
+    axes.plot(numbers, [min(loss, top) for loss in losses], "o", color="C7", markersize=4, label="a trial")
+    axes.step(numbers, best, where="post", color="C0", label="best so far")
+    if gone:
+        axes.plot(gone, [top] * len(gone), "x", color="C3", label="diverged")
+    axes.set(xlabel="trial", ylabel="validation loss", ylim=(None, top + 0.05 * (top - min(losses)) + 1e-9))
+    axes.legend(fontsize="small")
+    alt = f"Loss of each trial in order; the best so far falls from {best[0]:.3f} to {best[-1]:.3f}."
+    above = "Losses above the picture are drawn at its upper edge." if max(losses) > top else ""
+    return [Figure(figure, alt, above)]
+
+
+def tune_use(record: Record) -> Section | None:
+    shape = record.get("tuned_at", {})
+    grown = {name: 4 * shape[name] for name in ("width", "expert_size") if shape.get(name)}
+    sizes = ",".join(f"{name}={value}" for name, value in grown.items()) or "width=…"
+    python = (
+        "import moe_param\n\n"
+        'p = moe_param.apply(model, "tuned.yaml", seed=0)   # the larger model, built from its config\n'
+        "optimizer = p.optimizer(model)"
+    )
+    return Section(
+        "How to use it",
+        "tuned.yaml beside this page is a config for training and a base to apply. A larger model with these numbers, "
+        "here four times as wide:",
+        (
+            command(f"moe-param train tuned.yaml --shape {sizes} --output_dir runs/wide"),
+            Details(
+                "In a script of one's own, or to see first that they transfer",
+                (
+                    Code(python, "Python"),
+                    command("moe-param transfer tuned.yaml --axes width=4 depth=4 --output_dir runs/transfer"),
+                ),
+            ),
+        ),
+    )
+
+
+def tune_made(record: Record) -> Section | None:
+    settings = record.get("settings", {})
+    training = settings.get("training", {})
+    rows = [(label(name), plain(value)) for name, value in training.items() if value is not None]
+    rows += [(label(name), plain(value)) for name, value in settings.get("data", {}).items() if value is not None]
+    steps, batch, block = (training.get(name) for name in ("steps", "batch_size", "seq_len"))
+    tokens = f", {steps * batch * block:,} tokens" if steps and batch and block else ""
+    spec = settings.get("spec", {})
+    asked = {
+        "search": settings.get("mode"),
+        "seeds": seeds_of(record),
+        "parameterization": spec.get("name") if isinstance(spec, Mapping) else spec,
+        "storage": record.get("storage"),
+        "study": record.get("study"),
+    }
+    rows = [(name, plain(value)) for name, value in asked.items() if value is not None] + rows
+    rows += [(f"base {label(name)}", plain(value)) for name, value in record.get("tuned_at", {}).items()]
+    return Section(
+        "How it was made",
+        f"Each trial trains the base for {plain(steps)} steps{tokens}, once with each seed, and is worth the mean of "
+        "the validation losses. The command:",
+        (
+            command(record["command"]),
+            Details("Settings", (table(("setting", "value"), rows, "What every trial has in common"),)),
+        ),
+    )
+
+
+TUNE: tuple[Builder, ...] = (
+    tune_notes,
+    tune_rates,
+    tune_constants,
+    tune_pass,
+    tune_stages,
+    tune_trials,
+    tune_use,
+    tune_made,
+)
+
+
+# -- transfer ----------------------------------------------------------------------------------------------------------
+def transfer_page(record: Record) -> Page:
+    """Of what transfer.json holds."""
+    record = finite(json.loads(json.dumps(record)))
+    spec = ladder_of(record).specs[0]
+    rows = [row for row in record["summary"] if row["spec"] == spec]
+    held = [row["target"] for row in rows if row["transferred"]]
+    drifts = [row for row in rows if row["drift_octaves"] is not None]
+    regrets = [row for row in rows if row["regret"] is not None]
+    worst_drift = max(drifts, key=lambda row: abs(row["drift_octaves"]), default=None)
+    worst = max(regrets, key=lambda row: row["regret"], default=None)
+    rate = record["learning_rate"]
+    verdicts = [
+        Verdict(f"{len(held)} of {len(rows)}", "targets hold", f"under {spec}"),
+        Verdict(drift_of(worst_drift, False), "largest drift, octaves", worst_drift["target"] if worst_drift else ""),
+        Verdict(f"{worst['regret']:.2%}" if worst else "–", "largest regret", worst["target"] if worst else ""),
+        Verdict(power(rate), "the base's rate", f"{rate:.4g}"),
+    ]
+    lead = (
+        f"The base's numbers, kept, at {count(len(rows), 'larger model')}: under {spec} the best learning rate stays "
+        f"within {DRIFT:g} octaves, at no more than {REGRET:.0%} of the loss, on "
+        + ("all of them." if len(held) == len(rows) else f"{len(held)} of them." if held else "none of them.")
+    )
+    return Page(
+        title="Do the numbers transfer?",
+        lead=lead,
+        verdicts=tuple(verdicts),
+        sections=sections(TRANSFER, record),
+        facts=facts_of(record),
+    )
+
+
+def ladder_of(record: Record) -> Ladder:
+    """What was run. A record that names no octaves or specs has them in its summary."""
+    settings = record["settings"]
+    order = [row["spec"] for row in record["summary"]]
+    specs = settings.get("specs") or list(dict.fromkeys(order))
+    targets = list(dict.fromkeys(row["target"] for row in record["summary"]))
+    return Ladder(tuple(specs), tuple(targets), tuple(settings["octaves"]), tuple(settings["seeds"]))
+
+
+def drift_of(row: Record | None, interval: bool = True) -> str:
+    if row is None or row["drift_octaves"] is None:
+        return "–"
+    half = f" ± {row['drift_interval']:.2f}" if interval and row.get("drift_interval") is not None else ""
+    return f"{row['drift_octaves']:+.2f}{half}".replace("-", "−")
+
+
+def verdict_of(row: Record) -> str:
+    said = row.get("verdict")
+    return str(said) if isinstance(said, str) else "yes" if row["transferred"] else "no"
+
+
+def transfer_drift(record: Record) -> Section | None:
+    rows = sorted(record["summary"], key=lambda row: row["target"])
+    edge = any(row["at_edge"] for row in rows)
+    cells = [
+        Row(
+            (
+                row["target"],
+                row["spec"],
+                drift_of(row) + (" *" if row["at_edge"] else ""),
+                f"{row['regret']:.2%}" if row["regret"] is not None else "∞",
+                nats(row["best_loss"]),
+                verdict_of(row),
+            )
+        )
+        for row in rows
+    ]
+    best: dict[str, tuple[float, int]] = {}  # per target, the lowest loss
+    for i, row in enumerate(rows):
+        if row["best_loss"] is not None and row["best_loss"] < best.get(row["target"], (math.inf, 0))[0]:
+            best[row["target"]] = (row["best_loss"], i)
+    several = len(ladder_of(record).specs) > 1
+    marked = {i for _, i in best.values()} if several else set()
+    cells = [replace(row, mark="best" if i in marked else "") for i, row in enumerate(cells)]
+    wide = sorted({row["target"] for row in rows if (row["drift_interval"] or 0) > DRIFT})
+    notes = [Note(f"The 95% interval of the drift is wider than ±{DRIFT:g} octaves at {', '.join(wide)}: more seeds.")]
+    note = (
+        f"Holds: drift at most {DRIFT:g} octaves and regret at most {REGRET:.0%}."
+        + (" Marked best: the lowest loss at a target, each with its own best rate." if several else "")
+        + (" * an optimum at the end of the ladder: it may lie outside." if edge else "")
+    )
+    return Section(
+        "How far the best rate moved",
+        "Drift is how far the best learning rate moved from the base to the target, in octaves, with its 95% interval "
+        "over the seeds; regret is what keeping the base's rate costs, as a share of the loss.",
+        (
+            *(notes if wide else ()),
+            forest(rows),
+            TableOf(
+                ("target", "parameterization", "drift", "regret", "best loss", "holds"),
+                tuple(cells),
+                "From the base to each target",
+                note,
+            ),
+        ),
+    )
+
+
+def forest(rows: Sequence[Record]) -> Figure:
+    """Each drift with its interval, on a scale that very wide ones leave."""
+    figure, axes = canvas(max(2.0, 0.34 * len(rows) + 0.9))
+    specs = list(dict.fromkeys(row["spec"] for row in rows))
+    reach = min(
+        3.0, max([1.0, *(abs(row["drift_octaves"] or 0) + (row["drift_interval"] or 0) for row in rows)]) * 1.05
+    )
+    for i, row in enumerate(rows):
+        colour = f"C{specs.index(row['spec'])}"
+        if row["drift_octaves"] is None:
+            axes.plot(0, i, "x", color=colour)
+            continue
+        axes.errorbar(row["drift_octaves"], i, xerr=row["drift_interval"], fmt="o", color=colour, capsize=3, ms=5)
+    axes.axvspan(-DRIFT, DRIFT, color="tab:green", alpha=0.15)
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['target']}\n{row['spec']}" for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlim(-reach, reach)
+    axes.set_xlabel("drift (octaves, 95% interval)")
+    alt = "Drift of the best learning rate: " + "; ".join(
+        f"{row['target']} under {row['spec']} {drift_of(row)}" for row in rows
+    )
+    return Figure(figure, alt, f"Shaded: within {DRIFT:g} octaves of the base's. Wide intervals leave the picture.")
+
+
+def transfer_curves(record: Record) -> Section | None:
+    ladder = ladder_of(record)
+    rows = [complete(row) for row in record["summary"]]
+
+    def picture(target: str) -> Figure:
+        of_target = [row for row in rows if row["target"] == target]
+        said = ", ".join(f"under {row['spec']} {drift_of(row)}, regret {row['regret']:.2%}" for row in of_target)
+        figure = draw(replace(ladder, targets=(target,)), of_target, record["learning_rate"])
+        return Figure(figure, f"Loss against learning rate at the base and at {target}: {said}.")
+
+    pictures = tuple(picture(target) for target in ladder.targets)
+    losses = tuple(losses_at(record, target) for target in ladder.targets)
+    return Section(
+        "Loss against learning rate",
+        "Means over the seeds with their standard deviations; the dotted lines are the best rates.",
+        (Gallery(pictures), Details("The losses", losses)),
+    )
+
+
+def complete(row: Record) -> dict[str, Any]:
+    """A row of the file with infinity where that has null."""
+
+    def number(value: Any) -> Any:
+        return math.inf if value is None else value
+
+    return {
+        **row,
+        "losses": {name: [number(loss) for loss in losses] for name, losses in row["losses"].items()},
+        "optimum": {name: math.nan if at is None else at for name, at in row["optimum"].items()},
+        "drift_octaves": math.nan if row["drift_octaves"] is None else row["drift_octaves"],
+        "regret": number(row["regret"]),
+    }
+
+
+def losses_at(record: Record, target: str) -> TableOf:
+    """A line for each rung; base and target under each parameterization."""
+    ladder = ladder_of(record)
+    rows = [row for row in record["summary"] if row["target"] == target]
+    headings = ["learning rate", *(f"{row['spec']}, {where}" for row in rows for where in ("base", "target"))]
+    lines = [
+        [
+            power(record["learning_rate"] * 2.0**octave),
+            *(nats(row["losses"][where][i]) for row in rows for where in ("base", "target")),
+        ]
+        for i, octave in enumerate(ladder.octaves)
+    ]
+    return table(headings, lines, f"{target}: validation loss (nats per token)")
+
+
+def transfer_costs(record: Record) -> Section | None:
+    """What the later records say of searches at full size and of what each way costs."""
+    parts = [
+        found
+        for name, caption in (
+            ("standard", "standard, searched at the target"),
+            ("costs", "What each way of finding the numbers costs"),
+            ("verdict", "Verdict"),
+        )
+        if (found := things(record.get(name), caption)) is not None
+    ]
+    return Section("What it costs", "", tuple(parts)) if parts else None
+
+
+def transfer_sizes(record: Record) -> Section | None:
+    active = record.get("active_parameters", {})
+    if not active:
+        return None
+    base = active.get("base")
+    rows = [(name, size(n), f"×{n / base:.1f}" if base else "–") for name, n in active.items()]
+    return Section("The models", "", (table(("model", "active parameters", "of the base"), rows, "Sizes"),))
+
+
+def transfer_use(record: Record) -> Section | None:
+    config = record["settings"].get("config", "tuned.yaml")
+    return Section(
+        "How to use it",
+        "A larger model, its sizes in place of the dots, takes the base's numbers from the same file:",
+        (command(f"moe-param train {config} --shape width=…,expert_size=… --output_dir runs/large"),),
+    )
+
+
+def transfer_made(record: Record) -> Section | None:
+    settings = record["settings"]
+    rows = [(label(name), plain(value)) for name, value in settings.items()]
+    shared = ", ".join(record.get("base_runs_shared", ()))
+    runs, tokens = len(record.get("runs", {})), record.get("tokens")
+    text = f"{count(runs, 'run')} of {tokens:,} tokens each" if tokens else count(runs, "run")
+    text += f", {duration(record['training_seconds'])} of training." if record.get("training_seconds") else "."
+    text += f" At the base {shared} is the same training as the first, which was run once." if shared else ""
+    parts: list[Part] = [
+        command(record["command"]),
+        Details("Settings", (table(("setting", "value"), rows, "Settings"),)),
+    ]
+    if runs:
+        listed = [(name, nats(loss)) for name, loss in record["runs"].items()]
+        shown = table(("parameterization / target / octave / seed", "loss"), listed, "Every run (nats per token)")
+        parts.append(Details(f"All {count(runs, 'run')}", (shown,)))
+    return Section("How it was made", text + " The command:", tuple(parts))
+
+
+TRANSFER: tuple[Builder, ...] = (
+    transfer_drift,
+    transfer_curves,
+    transfer_costs,
+    transfer_sizes,
+    transfer_use,
+    transfer_made,
+)
