@@ -172,7 +172,8 @@ def test_what_is_found_is_in_it() -> None:
     assert "python -m recipes.sweep" in text
     # Of a pass over the constants the point that was chosen is marked, whatever noise made lower.
     marked = re.findall(r'<tr class="best">.*?</tr>', page_of("constants").split("The search</h2>")[1], re.DOTALL)
-    assert [Reader(row).text.split()[0] for row in marked] == ["2.4714"]
+    assert [Reader(row).text.split()[0] for row in marked] == ["2.4863"]
+    assert min(trial["loss"] for trial in read("docs/figures/sweep_constants.json")["trials"]) < 2.48
     text = Reader(page_of("axes")).text
     assert "+0.63 ± 0.47" in text and "1.45M" in text
 
