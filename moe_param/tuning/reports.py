@@ -318,6 +318,8 @@ def tune_trials(record: Record) -> Section | None:
         return None
     complete = sorted((t for t in trials if t["status"] == "complete"), key=lambda t: (t["loss"], t["number"]))
     chosen = record["best"]["best"]  # of a pass over the constants not the lowest loss: that may be noise
+    lower = [trial for trial in complete if trial["loss"] < record["best"]["loss"]]
+    note = "Marked is the point that was chosen: what is lower may be so by noise." if lower else ""
     best = [Row(numbers_of(trial), "best" if trial.get("point") == chosen else "") for trial in complete[:10]]
     everything = [
         Row(
@@ -337,7 +339,7 @@ def tune_trials(record: Record) -> Section | None:
         "",
         (
             *progress(trials),
-            TableOf(numbers, tuple(best), f"The {count(len(best), 'trial')} of the lowest loss (nats per token)"),
+            TableOf(numbers, tuple(best), f"The {count(len(best), 'trial')} of the lowest loss (nats per token)", note),
             Details(f"All {count(len(trials), 'trial')}", (listed,)),
         ),
     )
@@ -374,6 +376,7 @@ def progress(trials: Sequence[Record]) -> list[Part]:
     axes.step(numbers, best, where="post", color="C0", label="best so far")
     if gone:
         axes.plot(gone, [top] * len(gone), "x", color="C3", label="diverged")
+    axes.locator_params("x", integer=True)
     axes.set(xlabel="trial", ylabel="validation loss", ylim=(None, top + 0.05 * (top - min(losses)) + 1e-9))
     axes.legend(fontsize="small")
     alt = f"Loss of each trial in order; the best so far falls from {best[0]:.3f} to {best[-1]:.3f}."
