@@ -232,7 +232,7 @@ def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
             folder = Path(words[words.index("--output_dir") + 1])
             folder.mkdir()
             (folder / "tuned.yaml").write_text("learning_rate: 0.5\ninit_std: 0.02\n")
-            trials = [{"loss": 2.5, "seconds": 3.0}, {"loss": 2.0, "seconds": 4.0}, {"status": "lost"}]
+            trials = [{"loss": 2.5, "seconds": 3.0}, {"loss": 2.0, "seconds": 4.0}, {"loss": None, "seconds": 9.0}]
             (folder / "tune.json").write_text(json.dumps({"trials": trials}))
         return SimpleNamespace(stdout=said)
 
@@ -248,7 +248,7 @@ def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert ran[-1][ran[-1].index("--workers") + 1] == "1" and "--overrides" not in ran[-1]
     found = json.loads((tmp_path / "h.json").read_text())["results"]
     assert found == [
-        {"name": "tune", "trials": 3, "best_loss": 2.0, "learning_rate": 0.5, "init_std": 0.02, "seconds_of_runs": 7.0}
+        {"name": "tune", "trials": 2, "best_loss": 2.0, "learning_rate": 0.5, "init_std": 0.02, "seconds_of_runs": 7.0}
     ]
 
 

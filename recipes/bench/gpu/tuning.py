@@ -56,13 +56,13 @@ def results(folder: Path) -> dict[str, Any]:
     """What the search found, from the files that it is documented to write."""
     tuned = yaml.safe_load((folder / "tuned.yaml").read_text("utf-8"))
     trials = json.loads((folder / "tune.json").read_text("utf-8"))["trials"]
-    losses = [trial["loss"] for trial in trials if trial.get("loss") is not None]
+    finished = [trial for trial in trials if trial.get("loss") is not None]
     return {
         "name": "tune",
-        "trials": len(trials),
-        "best_loss": min(losses, default=None),
+        "trials": len(finished),
+        "best_loss": min((trial["loss"] for trial in finished), default=None),
         **{name: tuned.get(name) for name in ("learning_rate", "init_std")},
-        "seconds_of_runs": round(sum(trial.get("seconds") or 0 for trial in trials), 1),
+        "seconds_of_runs": round(sum(trial["seconds"] for trial in finished), 1),
     }
 
 
