@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from moe_param.tuned import Tuned, TunedError, TunedNumbers, read_tuned
     from moe_param.tuning.commands import CommandRunner
     from moe_param.tuning.runners import LoopRunner
+    from moe_param.tuning.transfer import transfer
+    from moe_param.tuning.transfer_report import TransferReport
 
 __version__ = "0.2.0"
 
@@ -65,6 +67,8 @@ _NAMES = {
     "tuned": ("Tuned", "TunedError", "TunedNumbers", "read_tuned"),
     "tuning.commands": ("CommandRunner",),
     "tuning.runners": ("LoopRunner",),
+    "tuning.transfer": ("transfer",),
+    "tuning.transfer_report": ("TransferReport",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -97,6 +101,7 @@ __all__ = [
     "ShapeError",
     "SpecError",
     "StructureError",
+    "TransferReport",
     "Tuned",
     "TunedError",
     "TunedNumbers",
@@ -114,6 +119,7 @@ __all__ = [
     "report",
     "scale_config",
     "suggest_base",
+    "transfer",
 ]
 
 

@@ -20,7 +20,7 @@ from moe_param.tuned import TunedError, read_tuned
 from moe_param.tuning.arguments import TuneArguments
 from moe_param.tuning.base import read_base
 from moe_param.tuning.short_run import train
-from moe_param.tuning.transfer import TransferArguments, plan_runs
+from moe_param.tuning.transfer_plan import TransferArguments, plan_runs
 from tests.cli.program import run
 from tests.models import build, classes, tiny_config, tokens
 
@@ -124,9 +124,8 @@ def test_training_from_the_command(config: str, tmp_path: Path, capsys: pytest.C
 
 def test_tuning_and_transfer_take_a_dense_model(config: str, tmp_path: Path) -> None:
     plan = plan_runs(TransferArguments(config, str(tmp_path), smallest=True, workers=1))
-    assert plan.ladder.targets == ("width=4", "depth=4")
-    base = next(run for key, run in plan.runs.items() if key.target == "base")
-    assert train(base).validation_loss < 6
+    assert plan.targets == ("width=4", "depth=4")
+    assert train(plan.template).validation_loss < 6
     with pytest.raises(ShapeError, match="'num_experts' is of experts"):
         plan_runs(TransferArguments(config, str(tmp_path), ["num_experts=2"], smallest=True, workers=1))
 

@@ -1,234 +1,222 @@
-"""Do the numbers found at the base hold at the target?
+"""Do the numbers found at the base hold at the target, and what did the other ways to numbers cost?
 
     moe-param transfer runs/base/tuned.yaml --axes width=4 depth=4 --output_dir runs/transfer
 
 Trains a ladder of learning rates around the config's own at the base and at each target, on the same text and the same
 number of tokens, under several parameterizations. Reports per axis how far the best learning rate moved (octaves) and
-what keeping the base's costs (regret). Interrupted, the same command goes on where it stopped.
+what keeping the base's costs (regret), each with its interval. At one target a rival is searched over learning rate ×
+init std, so that what both ways cost can be compared. Interrupted, the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PretrainedConfig
 
-import moe_param
-from moe_param import Parameterization
-from moe_param.errors import InputError
 from moe_param.folder_lock import folder_lock
-from moe_param.naming import parse_sizes
-from moe_param.structure.shape import AXES, measure
-from moe_param.structure.trace import model_class_for, trace_model
-from moe_param.training.arguments import build_configs, parse
-from moe_param.training.report import active_parameters, finite, hardware, versions
-from moe_param.tuning.drift import Ladder, Run, plot, summarize, table
-from moe_param.tuning.ledger import cores, run_all
-from moe_param.tuning.page import write
-from moe_param.tuning.reports import transfer_page
-from moe_param.tuning.short_run import ShortRun, check_run, short_run, times_seen, train
+from moe_param.training.report import finite, hardware, versions
+from moe_param.tuned import Tuned
+from moe_param.tuning.costs import Costs
+from moe_param.tuning.drift import Curves, Row, Run, compare
+from moe_param.tuning.ledger import run_all
+from moe_param.tuning.rivals import Search, Trial, conclude, longer
+from moe_param.tuning.short_run import ShortRun, check_run, times_seen, train
+from moe_param.tuning.transfer_plan import CONFIG as CONFIG
+from moe_param.tuning.transfer_plan import Plan, TransferArguments, identity, plan_runs
+from moe_param.tuning.transfer_plan import targets as targets
+from moe_param.tuning.transfer_report import TransferReport
 from moe_param.tuning.workers import Watch
-
-CONFIG = "tuned.yaml of `moe-param tune`, or any YAML file of `moe-param train`: model, text, horizon, learning rate."
-
-
-@dataclass
-class TransferArguments:
-    """What `moe-param transfer` can be told. Model, text and horizon are the file's."""
-
-    config: str = field(metadata={"help": CONFIG})
-    output_dir: str = field(default="transfer", metadata={"help": "Where transfer.json and transfer.png go."})
-    axes: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Targets, as factors of the base: width (expert_size goes with it), depth, num_experts (top_k goes "
-            "with it), expert_size; several with commas, e.g. width=2,depth=2. Default: each there is, times 4."
-        },
-    )
-    specs: list[str] = field(
-        default_factory=lambda: ["moe-completep", "standard"], metadata={"help": "Parameterizations to compare."}
-    )
-    octaves: list[float] = field(
-        default_factory=lambda: [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0],
-        metadata={"help": "The ladder: learning rates in octaves from the config's own."},
-    )
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Of the weights and the batches."})
-    workers: int = field(default=0, metadata={"help": "Runs at a time, one thread each. 0: one per core."})
-    smallest: bool = field(default=False, metadata={"help": "A few steps, one seed; proves nothing."})
-
-    def __post_init__(self) -> None:
-        if self.smallest:
-            self.octaves, self.seeds = [-1.0, 0.0, 1.0], [0]
-        self.octaves, self.seeds = sorted(set(self.octaves)), sorted(set(self.seeds))
-        if not all(-100 < octave < 100 for octave in self.octaves):
-            raise InputError(f"octaves are {self.octaves}: expected numbers like -1 or 0.5, between -100 and 100")
-        if len(self.octaves) < 3 or 0.0 not in self.octaves:
-            raise InputError(
-                f"octaves are {self.octaves}: a ladder needs three rungs, 0 (the config's rate) among them"
-            )
-        for name in ("specs", "seeds"):
-            if not getattr(self, name):
-                raise InputError(f"{name} is empty: give at least one, or leave it out")
-        if self.workers < 0:
-            raise InputError(f"workers is {self.workers}: expected at least 1, or 0 for one per core")
-        self.axes, self.specs = list(dict.fromkeys(self.axes)), list(dict.fromkeys(self.specs))
-        self.workers = self.workers or cores()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is to be run, checked before the first run."""
-
-    ladder: Ladder
-    runs: dict[Run, ShortRun]
-    costs: dict[str, int]  # active parameters of the base and every target
-    shared: set[str]  # specs that are the first one at the base, which is run once
-    learning_rate: float
-
-    @property
-    def tokens(self) -> int:
-        """Of one run."""
-        run = next(iter(self.runs.values()))
-        return run.steps * run.batch_size * run.seq_len
-
-
-def targets(base: PretrainedConfig, axes: Sequence[str]) -> dict[str, PretrainedConfig]:
-    """The base and every target, by name; without `axes`, every axis that the base has, times 4."""
-    model_class = model_class_for(base)
-    shape = measure(*trace_model(model_class, base))
-    found = {"base": base}
-    for text in axes or [f"{axis}=4" for axis in shape.axes]:
-        grown = shape
-        for axis, factor in parse_sizes(text, AXES, float, option="--axes").items():
-            grown = grown.along(axis, factor)
-        found[text] = moe_param.scale_config(base, **grown.sizes, model_class=model_class)
-    return found
-
-
-def plan_runs(args: TransferArguments) -> Plan:
-    """Reads the file, builds every target's plan under every spec.
-
-    Raises:
-        MoeParamError: whatever is wrong with the file, the axes or the specs.
-    """
-    small = ["--max_steps", "3", "--per_device_train_batch_size", "2"] if args.smallest else []
-    model, data, training = parse(["--config", args.config, "--output_dir", args.output_dir, *small])
-    base, _ = build_configs(model)
-    template = short_run(model, data, training, base)
-    if args.smallest:
-        template = replace(template, validation_blocks=8)
-    configs = targets(base, args.axes)
-    plans = {
-        (spec, name): moe_param.plan(
-            model_class_for(base),
-            config,
-            base,
-            spec=spec,
-            init_std=template.init_std,
-            constants=template.constants,
-        )
-        for spec, (name, config) in itertools.product(args.specs, configs.items())
-    }
-    first = args.specs[0]
-    shared = {spec for spec in args.specs[1:] if numbers(plans[spec, "base"]) == numbers(plans[first, "base"])}
-    runs = {
-        Run(spec, target, octave, seed): replace(
-            template, config=configs[target].to_dict(), spec=spec, lr=template.lr * 2.0**octave, seed=seed
-        )
-        for spec, target, octave, seed in itertools.product(args.specs, configs, args.octaves, args.seeds)
-        if not (target == "base" and spec in shared)
-    }
-    costs = {name: active_parameters(plans[first, name])[1] for name in configs}
-    axes = tuple(name for name in configs if name != "base")
-    ladder = Ladder(tuple(args.specs), axes, tuple(args.octaves), tuple(args.seeds))
-    return Plan(ladder, runs, costs, shared, template.lr)
-
-
-def numbers(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
-    """All that the training of a model takes from its rules."""
-    return {name: (rule.init, rule.lr, rule.eps, rule.weight_decay) for name, rule in plan.rules.items()}
 
 
 def work(run: ShortRun, watch: Watch) -> dict[str, Any]:
-    """What a worker does: one run, in one thread."""
+    """What a worker does: one run, in one thread, to its end."""
     torch.set_num_threads(1)
     found: dict[str, Any] = finite(asdict(train(run)))
     return found
 
 
-def at_base(losses: dict[Run, float], first: str, shared: set[str]) -> dict[Run, float]:
-    """Of the specs that are one and the same training at the base: it was run once, under the first."""
-    return {
-        replace(run, spec=spec): loss
-        for run, loss in losses.items()
-        if run.target == "base" and run.spec == first
-        for spec in shared
-    }
+@dataclass(frozen=True)
+class Extent:
+    """What is run: the rungs of every ladder, by (spec, target), and the searches."""
+
+    ladders: Mapping[tuple[str, str], tuple[float, ...]]
+    searches: tuple[Search, ...]
 
 
-def _loss(result: dict[str, Any]) -> float:
-    return math.inf if result["validation_loss"] is None else result["validation_loss"]
+@dataclass(frozen=True)
+class Losses:
+    """Held-out losses, inf where a run diverged."""
+
+    rungs: Mapping[Run, float]
+    trials: Mapping[Search, Mapping[Trial, float]]
+
+    def curves(self, plan: Plan, spec: str, target: str) -> Curves:
+        return Curves.of(self.rungs, plan.home(spec, target), target)
 
 
-def transfer(args: TransferArguments, *, command: str) -> dict[str, Any]:
-    """Runs the ladders and writes transfer.json and transfer.png to the output folder; returns the former.
+def transfer(
+    tuned: str | Path | Tuned,
+    axes: Sequence[str] = (),
+    *,
+    specs: Sequence[str] = (),
+    output_dir: str | Path = "transfer",
+    training: Mapping[str, Any] | None = None,
+    command: str = "",
+    console: Console | None = None,
+    **options: Any,
+) -> TransferReport:
+    """Trains ladders at the base and its targets and searches a rival; writes the report to the output folder.
 
     Args:
+        tuned: the file of `moe-param tune`, or what `read_tuned` reads from one: then `training` says text and horizon.
+        axes: targets, as factors of the base: `["width=4", "width=2,depth=2"]`. Default: every axis, times 4.
+        specs: parameterizations to compare. Default: the file's, and `standard`.
+        output_dir: where runs.jsonl (every run that is done: the same call goes on there), transfer.json and the
+            pictures go.
+        training: arguments of `moe-param train` over the file's, by name: seq_len, max_steps, train_files, …
         command: what was typed, for the record.
+        console: where the progress is shown. Default: nowhere.
+        options: the others of `TransferArguments`, by name: octaves, seeds, search, base_runs, …
 
     Raises:
         MoeParamError: before the first run, whatever is wrong with the arguments or the text; an output folder in use
             or of other settings; a run that cannot be done.
     """
-    console, start = Console(), time.perf_counter()
-    plan, output = plan_runs(args), Path(args.output_dir)
-    check_run(first := next(iter(plan.runs.values())))
-    if seen := times_seen(first):
+    read = tuned if isinstance(tuned, Tuned) else None
+    args = TransferArguments(
+        config="" if read else str(tuned), output_dir=str(output_dir), axes=list(axes), specs=list(specs), **options
+    )
+    return run_transfer(args, plan_runs(args, read, training), command, console or Console(quiet=True))
+
+
+def run_transfer(args: TransferArguments, plan: Plan, command: str, console: Console) -> TransferReport:
+    """All runs of a plan, and what they say."""
+    start, output = time.perf_counter(), Path(args.output_dir)
+    check_run(plan.template)
+    if seen := times_seen(plan.template):
         console.print(seen)
     with folder_lock(output, "moe-param transfer"):
+        losses, done = gather(args, plan, console)
+        facts = facts_of(args, plan, done, command) | {"seconds": round(time.perf_counter() - start, 1)}
+        report = TransferReport(
+            tuple(rows_of(args, plan, losses)),
+            tuple(costs_of(plan, losses)),
+            args.bounds,
+            plan.template.lr,
+            facts,
+        )
+        report.write(output)
+    return report
+
+
+def gather(args: TransferArguments, plan: Plan, console: Console) -> tuple[Losses, dict[str, dict[str, Any]]]:
+    """Runs what was asked for, then longer ladders and grids while a best point is at an end of one."""
+    extent = Extent({ladder: tuple(args.octaves) for ladder in plan.ladders}, plan.searches)
+    while True:
+        rungs, trials, jobs = jobs_of(plan, extent, args.seeds)
         done = run_all(
             work,
-            {run.key: job for run, job in plan.runs.items()},
-            output / "runs.jsonl",
-            settings={run.key: asdict(job) for run, job in plan.runs.items()},
-            costs={run.key: plan.costs[run.target] for run in plan.runs},
+            jobs,
+            Path(args.output_dir) / "runs.jsonl",
+            settings={key: asdict(job) for key, job in jobs.items()},
+            costs={key: cost_of(plan, key) for key in jobs},
             workers=args.workers,
             console=console,
         )
-        losses = {run: _loss(done[run.key]) for run in plan.runs}
-        rows = summarize(plan.ladder, losses | at_base(losses, args.specs[0], plan.shared))
-        record = {
-            **record_of(args, plan, done, command),
-            "summary": rows,
-            "seconds": round(time.perf_counter() - start, 1),
-        }
-        (output / "transfer.json").write_text(json.dumps(finite(record), indent=1) + "\n", "utf-8")
-        plot(plan.ladder, rows, plan.learning_rate, output / "transfer.png")
-        write(output / "transfer.html", transfer_page(record))
-    console.print(table(rows))
-    console.print(f"numbers in {output / 'transfer.json'}, report in {output / 'transfer.html'}")
-    return record
+        losses = Losses(
+            {run: loss_of(done[key]) for run, key in rungs.items()},
+            {search: {trial: loss_of(done[key]) for trial, key in keys.items()} for search, keys in trials.items()},
+        )
+        grown = longer_where_needed(args, plan, extent, losses)
+        if grown == extent:
+            return losses, done
+        extent = grown
 
 
-def record_of(
+def jobs_of(
+    plan: Plan, extent: Extent, seeds: Iterable[int]
+) -> tuple[dict[Run, str], dict[Search, dict[Trial, str]], dict[str, ShortRun]]:
+    """(key of every rung, key of every trial, what to train by key): what is the same training has one key."""
+    names: dict[str, str] = {}
+    jobs: dict[str, ShortRun] = {}
+
+    def add(key: str, run: ShortRun) -> str:
+        name = names.setdefault(identity(run), key)
+        jobs.setdefault(name, run)
+        return name
+
+    rungs = {
+        run: add(run.key, plan.rung(run))
+        for (spec, target), octaves in extent.ladders.items()
+        for octave in octaves
+        for seed in seeds
+        for run in [Run(spec, target, octave, seed)]
+    }
+    trials = {
+        search: {trial: add(search.key(trial), plan.trial(search, trial)) for trial in search.trials}
+        for search in extent.searches
+    }
+    return rungs, trials, jobs
+
+
+def cost_of(plan: Plan, key: str) -> float:
+    """Of a run, so that the expensive ones come first."""
+    parts = key.split("/")
+    return plan.flops[parts[2] if parts[0] == "search" else parts[-3]]
+
+
+def loss_of(result: Mapping[str, Any]) -> float:
+    return math.inf if result["validation_loss"] is None else float(result["validation_loss"])
+
+
+def longer_where_needed(args: TransferArguments, plan: Plan, extent: Extent, losses: Losses) -> Extent:
+    """One rung more at every end that a best point is at; and at a target, the best rung of its base."""
+    ladders = {}
+    for (spec, target), octaves in extent.ladders.items():
+        curves, base = losses.curves(plan, spec, target), losses.curves(plan, spec, "base")
+        rungs = longer(octaves, octaves[curves.best], args.octaves, args.extend if curves.edge else 0)
+        start = base.octaves[base.best]
+        low, high = min(*rungs, start), max(*rungs, start)
+        ladders[spec, target] = tuple(sorted({*rungs, *(x for x in base.octaves if low <= x <= high)}))
+    searches = tuple(
+        search.grown(losses.trials[search], args.octaves, first.init_stds, args.extend)
+        for search, first in zip(extent.searches, plan.searches)
+    )
+    return Extent(ladders, searches)
+
+
+def rows_of(args: TransferArguments, plan: Plan, losses: Losses) -> Iterable[Row]:
+    """Every target under every spec, beside its base."""
+    for spec in plan.specs:
+        base = losses.curves(plan, spec, "base")
+        for target in plan.targets:
+            yield compare(spec, target, base, losses.curves(plan, spec, target), args.bounds)
+
+
+def costs_of(plan: Plan, losses: Losses) -> Iterable[Costs]:
+    """Every target that was searched."""
+    for target in dict.fromkeys(search.target for search in losses.trials):
+        found = tuple(conclude(search, own) for search, own in losses.trials.items() if search.target == target)
+        kept = {seed: losses.rungs[Run(plan.first, target, 0.0, seed)] for seed in found[0].search.seeds}
+        yield Costs(target, plan.first, plan.flops["base"], plan.flops[target], plan.base_runs, kept, found)
+
+
+def facts_of(
     args: TransferArguments, plan: Plan, done: Mapping[str, Mapping[str, Any]], command: str
 ) -> dict[str, Any]:
     """What was asked for, what every run gave, and where it ran."""
     return {
         "command": command,
-        "settings": {**asdict(args), "axes": list(plan.ladder.targets)},
-        "learning_rate": plan.learning_rate,
+        "settings": {**asdict(args), "axes": list(plan.targets), "specs": list(plan.specs)},
         "tokens": plan.tokens,
-        "active_parameters": plan.costs,
+        "active_parameters": dict(plan.active),
         "base_runs_shared": sorted(plan.shared),
         "runs": {name: result["validation_loss"] for name, result in sorted(done.items())},
         "training_seconds": round(sum(result["seconds"] for result in done.values())),
