@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -92,10 +93,15 @@ class Shape:
         """
         self.check(axis, self.axes, "axis")
         sizes = {}
-        for name in self._own((axis, *{"width": ("expert_size",), "num_experts": ("top_k",)}.get(axis, ()))):
+        names = self._own((axis, *{"width": ("expert_size",), "num_experts": ("top_k",)}.get(axis, ())))
+        for name in names:
             size = getattr(self, name) * factor
             if not float(size).is_integer():
-                raise ShapeError(f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole")
+                step = math.gcd(*(getattr(self, name) for name in names))  # factors that are so many parts are whole
+                near = max(1, round(factor * step)) / step
+                raise ShapeError(
+                    f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole; × {near:.6g}, the nearest, is"
+                )
             sizes[name] = int(size)
         return replace(self, **sizes)
 

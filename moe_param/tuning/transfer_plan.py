@@ -135,8 +135,8 @@ class Plan:
     """Everything that is known before the first run.
 
     template: the base's own run. configs: "base" and the targets. first: the spec that the others are compared with,
-    the file's unless said. shared: specs that are the first one at the base, which is run once. active: parameters that a
-    token visits, flops: of one run, both of the base and every target.
+    the file's unless said. shared: specs that are the first one at the base, which is run once. active: parameters that
+    a token visits, flops: of one run, both of the base and every target.
     """
 
     template: ShortRun
