@@ -81,7 +81,7 @@ wheel: $(STAMP)  ## the wheel, into dist
 	$(BIN)/python -m build --wheel --outdir dist
 
 demo: $(STAMP)  ## learning-rate transfer on real text, in minutes on a CPU
-	$(BIN)/moe-param transfer recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --output_dir demo
+	$(BIN)/moe-param transfer recipes/configs/demo.yaml --axes width=4 --octaves -3 -2 -1 0 1 2 --seeds 0 1 --search none --extend 0 --output_dir demo
 
 # On the machine with the GPU: with the Python and torch that are there, and no set-up of ours.
 #   MINUTES=9 GPU_ARGS="--only a b"   see python -m recipes.bench.gpu --help

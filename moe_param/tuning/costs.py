@@ -209,10 +209,14 @@ def _notes(costs: Costs) -> list[str]:
 def plot(costs: Sequence[Costs], path: Path) -> None:
     """A panel for each target: loss at the target against the FLOPs spent until it is trained."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(6.4 * len(costs), 4.4), layout="constrained")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs):
         _panel(axes, cost)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:.0e}".replace("e+", "e")))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=120)
 
 

@@ -132,9 +132,8 @@ def table(rows: Sequence[Row], bounds: Bounds) -> Table:
         caption="\n".join(_notes(rows, bounds)),
         caption_justify="left",
     )
-    for heading in ("target", "spec"):
-        found.add_column(heading, overflow="fold")
-    for heading in ("drift", "regret", "best loss", "transfers"):
+    found.add_column("target", overflow="fold")
+    for heading in ("spec", "drift", "regret", "best loss", "transfers"):
         found.add_column(heading, no_wrap=True)
     for row in sorted(rows, key=lambda row: row.target):
         half, high = row.drift.half, row.regret.high

@@ -17,6 +17,7 @@ Shape = Callable[[np.ndarray], np.ndarray]
 SHAPES: dict[str, Shape] = {  # excess loss by octaves from the optimum, which is at 0
     "parabola": lambda z: 0.06 * z**2,
     "steep_below": lambda z: 0.05 * np.where(z < 0, 1.6 * z**2 / (1 + 0.25 * abs(z)), 1.3 * z**2 / (1 + 0.6 * abs(z))),
+    "cliff": lambda z: 0.03 * z**2 + 0.012 * np.where(z > 0, np.expm1(1.6 * np.clip(z, 0, 4)), 0.0),
     "flat": lambda z: 0.09 * np.maximum(abs(z) - 0.6, 0) ** 2 + 0.005 * z**2,
 }
 
