@@ -97,11 +97,8 @@ class Shape:
         for name in names:
             size = getattr(self, name) * factor
             if not float(size).is_integer():
-                step = math.gcd(*(getattr(self, name) for name in names))  # factors that are so many parts are whole
-                near = max(1, round(factor * step)) / step
-                raise ShapeError(
-                    f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole; × {near:.6g}, the nearest, is"
-                )
+                near = _nearest_factor(factor, [getattr(self, name) for name in names])
+                raise ShapeError(f"{axis} × {factor:g}: {name} would be {size:g}, which is not whole{near}")
             sizes[name] = int(size)
         return replace(self, **sizes)
 
@@ -125,6 +122,12 @@ class Shape:
             StructureError: transformers maps the config to no model, or the model has no decoder stack.
         """
         return measure(*shared_trace(model_class_for(config), config))
+
+
+def _nearest_factor(factor: float, sizes: Iterable[int]) -> str:
+    """The end of an error: the factor nearest to this one at which all sizes are whole. Begins with a semicolon."""
+    step = math.gcd(*sizes)  # a factor of so many parts
+    return f"; × {max(1, round(factor * step)) / step:.6g}, the nearest, is" if math.isfinite(factor) else ""
 
 
 def measure(model: PreTrainedModel, trace: Trace) -> Shape:
