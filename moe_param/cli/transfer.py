@@ -18,4 +18,4 @@ def main(argv: Sequence[str]) -> None:
     console = Console()
     report = run_transfer(args, plan_runs(args), shlex.join(["moe-param", "transfer", *argv]), console)
     console.print(report)
-    console.print(f"{Path(args.output_dir) / 'transfer.json'}, and pictures beside it", soft_wrap=True)
+    console.print(f"{Path(args.output_dir) / 'transfer.html'}, and the numbers in transfer.json", soft_wrap=True)

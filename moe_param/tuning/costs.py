@@ -206,8 +206,12 @@ def _notes(costs: Costs) -> list[str]:
     return notes
 
 
-def plot(costs: Sequence[Costs], path: Path) -> None:
-    """A panel for each target: loss at the target against the FLOPs spent until it is trained."""
+def draw(costs: Sequence[Mapping[str, Any]]) -> Any:
+    """A panel for each target: loss at the target against the FLOPs spent until it is trained.
+
+    Args:
+        costs: as `Costs.to_dict` gives them and transfer.json holds them.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -217,30 +221,34 @@ def plot(costs: Sequence[Costs], path: Path) -> None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda flops, _: f"{flops:.0e}".replace("e+", "e")))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def _panel(axes: Any, costs: Costs) -> None:
-    """One target: best loss so far of every search, and the transferred numbers as a star."""
-    for i, found in enumerate(costs.searches):
-        flops = [costs.target_flops * k for k in range(1, found.search.points + 1)]
-        low, middle, high = (found.so_far[quantile] for quantile in QUANTILES)
-        colour = f"C{i + 1}"
-        axes.step(flops, middle, where="post", color=colour, label=f"searched: {found.search.name}")
-        axes.fill_between(flops, low, high, step="post", color=colour, alpha=0.15)
-    transferred = costs.ways[0]
-    if transferred.total is None:
-        axes.axhline(costs.loss, color="C0", ls="--", label=f"{transferred.name} (its runs are not known)")
-    else:
-        axes.plot(transferred.total, costs.loss, "*", color="C0", ms=16, label=transferred.name, zorder=3)
-    seen = [found.so_far[0.5] for found in costs.searches]
-    finite = [loss for losses in seen for loss in losses if math.isfinite(loss)]
-    if finite and math.isfinite(costs.loss):  # what diverges may leave the picture
-        lowest, highest = min([*finite, costs.loss]), max([*finite, costs.loss])
-        margin = 0.05 * (highest - lowest)
-        axes.set_ylim(lowest - margin, min(highest + margin, lowest * 1.35))
+def _panel(axes: Any, costs: Mapping[str, Any]) -> None:
+    """One target: lowest loss so far of every search, and the transferred numbers as a star."""
+    transferred, *searches = costs["ways"]
+    seen = [] if transferred["loss"] is None else [transferred["loss"]]
+    for i, way in enumerate(searches):
+        flops = [costs["flops_of_a_run"]["target"] * k for k in range(1, int(way["runs"]) + 1)]
+        low, middle, high = (
+            [math.nan if loss is None or math.isinf(loss) else loss for loss in way["so_far"][f"{quantile:g}"]]
+            for quantile in QUANTILES
+        )
+        axes.step(flops, middle, where="post", color=f"C{i + 1}", label=f"searched: {way['name']}")
+        axes.fill_between(flops, low, high, step="post", color=f"C{i + 1}", alpha=0.15)
+        seen += [loss for loss in middle if math.isfinite(loss)]
+    if transferred["loss"] is not None and math.isfinite(transferred["loss"]):
+        if transferred["total"] is None:
+            label = f"{transferred['name']} (its runs are not known)"
+            axes.axhline(transferred["loss"], color="C0", ls="--", label=label)
+        else:
+            point = (transferred["total"], transferred["loss"])
+            axes.plot(*point, "*", color="C0", ms=16, label=transferred["name"], zorder=3)
+    if seen:  # what diverges may leave the picture
+        margin = 0.05 * (max(seen) - min(seen)) or 0.01
+        axes.set_ylim(min(seen) - margin, min(max(seen) + margin, min(seen) * 1.35))
     axes.set_xscale("log")
     axes.set(xlabel="FLOPs until the target is trained (finding the numbers and its run)", ylabel="validation loss")
-    axes.set_title(f"{costs.target}: median over orders of the search, 10% to 90% shaded", fontsize=9)
+    axes.set_title(f"{costs['target']}: median over orders of the search, 10% to 90% shaded", fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -7,11 +7,12 @@ steeper than the other, a flat bottom, a cliff) with known optima and counts how
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -297,3 +298,49 @@ def _more_seeds(of_seeds: Sequence[float], room: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.2%}"
+
+
+def draw(rows: Sequence[Mapping[str, Any]], lr: float) -> Any:
+    """A panel for each target (across) and spec (down): loss against learning rate, at the base and at the target.
+
+    Args:
+        rows: those of transfer.json's summary, with infinity and NaN where it has null.
+        lr: octave 0.
+    """
+    from matplotlib.figure import Figure
+
+    specs, targets = (list(dict.fromkeys(row[name] for row in rows)) for name in ("spec", "target"))
+    figure = Figure(figsize=(3.4 * len(targets), 3.0 * len(specs)), layout="constrained")
+    panels = figure.subplots(len(specs), len(targets), squeeze=False, sharex=True, sharey="col")
+    found = {(row["spec"], row["target"]): row for row in rows}
+    for (i, spec), (j, target) in itertools.product(enumerate(specs), enumerate(targets)):
+        _panel(panels[i][j], found[spec, target], lr)
+    for axes in panels[-1]:
+        axes.set_xlabel("learning rate")
+    for line in panels:
+        line[0].set_ylabel("validation loss")
+    return figure
+
+
+def _panel(axes: Any, row: Mapping[str, Any], lr: float) -> None:
+    """One spec at one target, beside the base."""
+    for name, colour in (("base", "tab:blue"), ("target", "tab:orange")):
+        rates, losses = [lr * 2.0**octave for octave in row["octaves"][name]], np.array(row["losses"][name])
+        label = "base" if name == "base" else row["target"]
+        axes.errorbar(rates, losses, row["spread"][name], fmt="o-", ms=3, color=colour, label=label, capsize=2)
+        if math.isfinite(row["optimum"][name]):
+            axes.axvline(lr * 2.0 ** row["optimum"][name], color=colour, linestyle=":")
+    low = min([*row["losses"]["base"], *row["losses"]["target"]])
+    if math.isfinite(low):  # what diverges may leave the picture
+        axes.set_ylim(top=min(axes.get_ylim()[1], low * 1.35))
+    axes.set_xscale("log", base=2)
+    half = "" if row["drift_interval"] is None else f" ± {row['drift_interval']:.2f}"
+    drift = f"drift {row['drift_octaves']:+.2f}{half}, regret {row['regret']:.1%}"
+    axes.set_title(f"{row['spec']}: {said(row['transferred'])}\n{drift}", fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def said(transferred: str | bool) -> str:
+    """yes, no or undecided, also of a file of version 0.1, where it was true or false."""
+    return transferred if isinstance(transferred, str) else "yes" if transferred else "no"

@@ -14,8 +14,9 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from moe_param.training.report import finite
+from moe_param.tuning import costs as spending
 from moe_param.tuning.constants import Judgement
-from moe_param.tuning.drift import DRIFT, REGRET, Ladder, draw
+from moe_param.tuning.drift import Bounds, draw, said
 from moe_param.tuning.page import (
     Code,
     Details,
@@ -454,9 +455,9 @@ TUNE: tuple[Builder, ...] = (
 def transfer_page(record: Record) -> Page:
     """Of what transfer.json holds."""
     record = finite(json.loads(json.dumps(record)))
-    spec = ladder_of(record).specs[0]
+    spec, bounds = specs_of(record)[0], bounds_of(record)
     rows = [row for row in record["summary"] if row["spec"] == spec]
-    held = [row["target"] for row in rows if row["transferred"]]
+    held = [row["target"] for row in rows if said(row["transferred"]) == "yes"]
     drifts = [row for row in rows if row["drift_octaves"] is not None]
     regrets = [row for row in rows if row["regret"] is not None]
     worst_drift = max(drifts, key=lambda row: abs(row["drift_octaves"]), default=None)
@@ -470,7 +471,7 @@ def transfer_page(record: Record) -> Page:
     ]
     lead = (
         f"The base's numbers, kept, at {count(len(rows), 'larger model')}: under {spec} the best learning rate stays "
-        f"within {DRIFT:g} octaves, at no more than {REGRET:.0%} of the loss, on "
+        f"within {bounds.drift:g} octaves, at no more than {bounds.regret:.2%} of the loss, on "
         + ("all of them." if len(held) == len(rows) else f"{len(held)} of them." if held else "none of them.")
     )
     return Page(
@@ -482,13 +483,14 @@ def transfer_page(record: Record) -> Page:
     )
 
 
-def ladder_of(record: Record) -> Ladder:
-    """What was run. A record that names no octaves or specs has them in its summary."""
-    settings = record["settings"]
-    order = [row["spec"] for row in record["summary"]]
-    specs = settings.get("specs") or list(dict.fromkeys(order))
-    targets = list(dict.fromkeys(row["target"] for row in record["summary"]))
-    return Ladder(tuple(specs), tuple(targets), tuple(settings["octaves"]), tuple(settings["seeds"]))
+def specs_of(record: Record) -> list[str]:
+    """In the order of the summary, the file's own first."""
+    return list(dict.fromkeys(row["spec"] for row in record["summary"]))
+
+
+def bounds_of(record: Record) -> Bounds:
+    """What counted as transferred; files of version 0.1 do not say."""
+    return Bounds(**record["bounds"]) if "bounds" in record else Bounds()
 
 
 def drift_of(row: Record | None, interval: bool = True) -> str:
@@ -496,11 +498,6 @@ def drift_of(row: Record | None, interval: bool = True) -> str:
         return "–"
     half = f" ± {row['drift_interval']:.2f}" if interval and row.get("drift_interval") is not None else ""
     return f"{row['drift_octaves']:+.2f}{half}".replace("-", "−")
-
-
-def verdict_of(row: Record) -> str:
-    said = row.get("verdict")
-    return str(said) if isinstance(said, str) else "yes" if row["transferred"] else "no"
 
 
 def transfer_drift(record: Record) -> Section | None:
@@ -512,9 +509,9 @@ def transfer_drift(record: Record) -> Section | None:
                 row["target"],
                 row["spec"],
                 drift_of(row) + (" *" if row["at_edge"] else ""),
-                f"{row['regret']:.2%}" if row["regret"] is not None else "∞",
+                regret_of(row),
                 nats(row["best_loss"]),
-                verdict_of(row),
+                said(row["transferred"]),
             )
         )
         for row in rows
@@ -523,13 +520,16 @@ def transfer_drift(record: Record) -> Section | None:
     for i, row in enumerate(rows):
         if row["best_loss"] is not None and row["best_loss"] < best.get(row["target"], (math.inf, 0))[0]:
             best[row["target"]] = (row["best_loss"], i)
-    several = len(ladder_of(record).specs) > 1
+    several, bounds = len(specs_of(record)) > 1, bounds_of(record)
     marked = {i for _, i in best.values()} if several else set()
     cells = [replace(row, mark="best" if i in marked else "") for i, row in enumerate(cells)]
-    wide = sorted({row["target"] for row in rows if (row["drift_interval"] or 0) > DRIFT})
-    notes = [Note(f"The 95% interval of the drift is wider than ±{DRIFT:g} octaves at {', '.join(wide)}: more seeds.")]
+    notes = [
+        Note(f"{row['target']} under {row['spec']}: {row['why']}.")
+        for row in rows
+        if said(row["transferred"]) == "undecided"
+    ]
     note = (
-        f"Holds: drift at most {DRIFT:g} octaves and regret at most {REGRET:.0%}."
+        f"Holds: both intervals within {bounds.drift:g} octaves of drift and {bounds.regret:.2%} of regret."
         + (" Marked best: the lowest loss at a target, each with its own best rate." if several else "")
         + (" * an optimum at the end of the ladder: it may lie outside." if edge else "")
     )
@@ -538,8 +538,8 @@ def transfer_drift(record: Record) -> Section | None:
         "Drift is how far the best learning rate moved from the base to the target, in octaves, with its 95% interval "
         "over the seeds; regret is what keeping the base's rate costs, as a share of the loss.",
         (
-            *(notes if wide else ()),
-            forest(rows),
+            *notes,
+            forest(rows, bounds),
             TableOf(
                 ("target", "parameterization", "drift", "regret", "best loss", "holds"),
                 tuple(cells),
@@ -550,7 +550,14 @@ def transfer_drift(record: Record) -> Section | None:
     )
 
 
-def forest(rows: Sequence[Record]) -> Figure:
+def regret_of(row: Record) -> str:
+    if row["regret"] is None:
+        return "∞"
+    _, high = row.get("regret_interval") or (None, None)
+    return f"{row['regret']:.2%}" + (f" (at most {high:.2%})" if high is not None else "")
+
+
+def forest(rows: Sequence[Record], bounds: Bounds) -> Figure:
     """Each drift with its interval, on a scale that very wide ones leave."""
     figure, axes = canvas(max(2.0, 0.34 * len(rows) + 0.9))
     specs = list(dict.fromkeys(row["spec"] for row in rows))
@@ -563,7 +570,7 @@ def forest(rows: Sequence[Record]) -> Figure:
             axes.plot(0, i, "x", color=colour)
             continue
         axes.errorbar(row["drift_octaves"], i, xerr=row["drift_interval"], fmt="o", color=colour, capsize=3, ms=5)
-    axes.axvspan(-DRIFT, DRIFT, color="tab:green", alpha=0.15)
+    axes.axvspan(-bounds.drift, bounds.drift, color="tab:green", alpha=0.15)
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [f"{row['target']}\n{row['spec']}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -572,21 +579,23 @@ def forest(rows: Sequence[Record]) -> Figure:
     alt = "Drift of the best learning rate: " + "; ".join(
         f"{row['target']} under {row['spec']} {drift_of(row)}" for row in rows
     )
-    return Figure(figure, alt, f"Shaded: within {DRIFT:g} octaves of the base's. Wide intervals leave the picture.")
+    return Figure(
+        figure, alt, f"Shaded: within {bounds.drift:g} octaves of the base's. Wide intervals leave the picture."
+    )
 
 
 def transfer_curves(record: Record) -> Section | None:
-    ladder = ladder_of(record)
-    rows = [complete(row) for row in record["summary"]]
+    rows = [complete(row, record) for row in record["summary"]]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
 
     def picture(target: str) -> Figure:
         of_target = [row for row in rows if row["target"] == target]
-        said = ", ".join(f"under {row['spec']} {drift_of(row)}, regret {row['regret']:.2%}" for row in of_target)
-        figure = draw(replace(ladder, targets=(target,)), of_target, record["learning_rate"])
-        return Figure(figure, f"Loss against learning rate at the base and at {target}: {said}.")
+        found = ", ".join(f"under {row['spec']} {drift_of(row)}, regret {row['regret']:.2%}" for row in of_target)
+        figure = draw(of_target, record["learning_rate"])
+        return Figure(figure, f"Loss against learning rate at the base and at {target}: {found}.")
 
-    pictures = tuple(picture(target) for target in ladder.targets)
-    losses = tuple(losses_at(record, target) for target in ladder.targets)
+    pictures = tuple(picture(target) for target in targets)
+    losses = tuple(losses_at(record, target) for target in targets)
     return Section(
         "Loss against learning rate",
         "Means over the seeds with their standard deviations; the dotted lines are the best rates.",
@@ -594,13 +603,14 @@ def transfer_curves(record: Record) -> Section | None:
     )
 
 
-def complete(row: Record) -> dict[str, Any]:
-    """A row of the file with infinity where that has null."""
+def complete(row: Record, record: Record) -> dict[str, Any]:
+    """A row of the file with infinity where that has null; in version 0.1 all ladders had the same rungs."""
 
     def number(value: Any) -> Any:
         return math.inf if value is None else value
 
     return {
+        "octaves": dict.fromkeys(("base", "target"), record["settings"]["octaves"]),
         **row,
         "losses": {name: [number(loss) for loss in losses] for name, losses in row["losses"].items()},
         "optimum": {name: math.nan if at is None else at for name, at in row["optimum"].items()},
@@ -611,31 +621,55 @@ def complete(row: Record) -> dict[str, Any]:
 
 def losses_at(record: Record, target: str) -> TableOf:
     """A line for each rung; base and target under each parameterization."""
-    ladder = ladder_of(record)
-    rows = [row for row in record["summary"] if row["target"] == target]
+    rows = [complete(row, record) for row in record["summary"] if row["target"] == target]
+    ladders = [(dict(zip(row["octaves"][at], row["losses"][at]))) for row in rows for at in ("base", "target")]
     headings = ["learning rate", *(f"{row['spec']}, {where}" for row in rows for where in ("base", "target"))]
     lines = [
         [
             power(record["learning_rate"] * 2.0**octave),
-            *(nats(row["losses"][where][i]) for row in rows for where in ("base", "target")),
+            *(nats(_null(ladder[octave])) if octave in ladder else "" for ladder in ladders),
         ]
-        for i, octave in enumerate(ladder.octaves)
+        for octave in sorted({octave for ladder in ladders for octave in ladder})
     ]
     return table(headings, lines, f"{target}: validation loss (nats per token)")
 
 
+def _null(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
 def transfer_costs(record: Record) -> Section | None:
-    """What the later records say of searches at full size and of what each way costs."""
-    parts = [
-        found
-        for name, caption in (
-            ("standard", "standard, searched at the target"),
-            ("costs", "What each way of finding the numbers costs"),
-            ("verdict", "Verdict"),
-        )
-        if (found := things(record.get(name), caption)) is not None
-    ]
-    return Section("What it costs", "", tuple(parts)) if parts else None
+    """Loss at the target against FLOPs, for each target that was searched."""
+    if not record.get("costs"):
+        return None
+    parts: list[Part] = []
+    for costs in record["costs"]:
+        told = "; ".join(f"{way['name']}: {nats(way['loss'])}, {flops(way['total'])} FLOPs" for way in costs["ways"])
+        parts.append(Figure(spending.draw([costs]), f"Loss at {costs['target']} against FLOPs. {told}."))
+        lines = [
+            (way["name"], plain(way["runs"]), flops(way["finding"]), flops(way["total"]), nats(way["loss"]))
+            for way in costs["ways"]
+        ]
+        headings = ["way", "runs", "FLOPs to find the numbers", "FLOPs in all", "loss"]
+        parts.append(table(headings, lines, f"{costs['target']}: what each way costs"))
+        if paper := costs["computed_at_paper_scale"]:
+            parts.append(
+                Note(
+                    "Computed, not run: with as many runs at the paper's sizes (38M active base, 2.5B target) finding "
+                    f"the numbers at the base costs {paper['share_finding']:.1%} of the search, "
+                    f"{paper['share_total']:.1%} with the target's run."
+                )
+            )
+    return Section(
+        "What it costs",
+        "The runs of the base and one of the target, against a search at the target: the median over all orders in "
+        "which its grid can be gone through, 10% to 90% of them shaded. The best run of a search is the model.",
+        tuple(parts),
+    )
+
+
+def flops(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:.2e}"
 
 
 def transfer_sizes(record: Record) -> Section | None:

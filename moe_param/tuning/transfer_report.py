@@ -29,22 +29,21 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console, Group
 from rich.table import Table
 
 from moe_param.training.report import finite
 from moe_param.tuning import costs as spending
 from moe_param.tuning.costs import Costs
-from moe_param.tuning.drift import Bounds, Row, Status
+from moe_param.tuning.drift import Bounds, Row, Status, draw
+from moe_param.tuning.page import write as write_page
+from moe_param.tuning.reports import transfer_page
 
 WIDTH = 110
 """Of the tables as text."""
@@ -84,13 +83,14 @@ class TransferReport:
         return found
 
     def write(self, folder: str | Path) -> None:
-        """transfer.json, transfer.png and, where something was searched, costs.png."""
+        """transfer.json, transfer.png, transfer.html and, where something was searched, costs.png."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "transfer.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n", "utf-8")
-        plot(self.rows, self.learning_rate, folder / "transfer.png")
+        draw([row_values(row) for row in self.rows], self.learning_rate).savefig(folder / "transfer.png", dpi=120)
         if self.costs:
-            spending.plot(self.costs, folder / "costs.png")
+            spending.draw([costs.to_dict() for costs in self.costs]).savefig(folder / "costs.png", dpi=120)
+        write_page(folder / "transfer.html", transfer_page(self.to_dict()))
 
     def __rich__(self) -> Group:
         return Group(table(self.rows, self.bounds), *map(spending.table, self.costs))
@@ -155,40 +155,3 @@ def _notes(rows: Sequence[Row], bounds: Bounds) -> list[str]:
     return notes + [
         f"{row.target}, {row.spec}: {row.transferred}, {row.why}." for row in rows if row.transferred != "yes"
     ]
-
-
-def plot(rows: Sequence[Row], lr: float, path: Path) -> None:
-    """A panel for each target (across) and spec (down): loss against learning rate, at the base and at the target."""
-    from matplotlib.figure import Figure
-
-    specs, targets = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("spec", "target"))
-    figure = Figure(figsize=(3.4 * len(targets), 3.0 * len(specs)), layout="constrained")
-    panels = figure.subplots(len(specs), len(targets), squeeze=False, sharex=True, sharey="col")
-    found = {(row.spec, row.target): row for row in rows}
-    for (i, spec), (j, target) in itertools.product(enumerate(specs), enumerate(targets)):
-        _panel(panels[i][j], found[spec, target], lr)
-    for axes in panels[-1]:
-        axes.set_xlabel("learning rate")
-    for line in panels:
-        line[0].set_ylabel("validation loss")
-    figure.savefig(path, dpi=120)
-
-
-def _panel(axes: Any, row: Row, lr: float) -> None:
-    """One spec at one target, beside the base."""
-    for name, colour in (("base", "tab:blue"), ("target", "tab:orange")):
-        rates, losses = [lr * 2.0**octave for octave in row.octaves[name]], np.array(row.losses[name])
-        label = "base" if name == "base" else row.target
-        axes.errorbar(rates, losses, row.spread[name], fmt="o-", ms=3, color=colour, label=label, capsize=2)
-        if math.isfinite(row.optimum[name]):
-            axes.axvline(lr * 2.0 ** row.optimum[name], color=colour, linestyle=":")
-    low = min([*row.losses["base"], *row.losses["target"]])
-    if math.isfinite(low):  # what diverges may leave the picture
-        axes.set_ylim(top=min(axes.get_ylim()[1], low * 1.35))
-    axes.set_xscale("log", base=2)
-    half = "" if row.drift.half is None else f" ± {row.drift.half:.2f}"
-    axes.set_title(
-        f"{row.spec}: {row.transferred}\ndrift {row.drift.octaves:+.2f}{half}, regret {row.regret.mean:.1%}", fontsize=9
-    )
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)

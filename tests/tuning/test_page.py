@@ -34,6 +34,7 @@ from moe_param.tuning.page import (
 )
 from moe_param.tuning.reports import transfer_page, tune_page
 from tests.tuning.browser import REQUIRED, Tab, browser, browser_program
+from tests.tuning.test_rivals import costs
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
@@ -216,10 +217,12 @@ def test_keys_of_later_records_have_sections_and_unknown_ones_do_no_harm() -> No
     text = Reader(html(tune_page(record))).text
     assert "rate and std" in text and "share of target" in text
     record = read("recipes/evidence/transfer/results/width/transfer.json")
-    record["costs"] = [{"way": "standard, searched", "flops": 3e15}]
-    record["summary"][0]["verdict"] = "undecided"
+    record["costs"] = [costs(20).to_dict(), costs(None).to_dict()]
+    record["summary"][0] |= {"transferred": "undecided", "why": "more --seeds would tell", "regret_interval": [0, 0.03]}
+    record["tomorrow"] = [{"a": 1}]
     text = Reader(html(transfer_page(record))).text
-    assert "standard, searched" in text and "undecided" in text
+    assert "standard with the base's constants" in text and "6.00e+11" in text and "Computed, not run" in text
+    assert "more --seeds would tell" in text and "at most 3.00%" in text
 
 
 def test_pages_do_not_change_what_they_are_given() -> None:

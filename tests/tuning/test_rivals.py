@@ -12,7 +12,7 @@ from transformers import MixtralConfig
 
 import moe_param
 from moe_param.structure.trace import model_class_for
-from moe_param.tuning.costs import BaseRuns, Costs, base_runs, plot, run_flops, table
+from moe_param.tuning.costs import BaseRuns, Costs, base_runs, draw, run_flops, table
 from moe_param.tuning.rivals import Search, Trial, best_so_far, conclude, init_ladder, longer
 
 DEMO = {
@@ -118,7 +118,7 @@ def test_the_ways_are_counted_in_full(tmp_path: Path) -> None:
     paper = values["computed_at_paper_scale"]
     assert paper["share_finding"] == pytest.approx(20 * 38e6 / (6 * 2.5e9))
     assert paper["share_total"] == pytest.approx((20 * 38e6 + 2.5e9) / (6 * 2.5e9))
-    plot([costs(20), costs(None)], tmp_path / "costs.png")
+    draw([costs(20).to_dict(), costs(None).to_dict()]).savefig(tmp_path / "costs.png")
     assert (tmp_path / "costs.png").stat().st_size > 10_000
 
 

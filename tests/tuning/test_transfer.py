@@ -203,7 +203,7 @@ def test_smallest_killed_and_resumed(tmp_path: Path) -> None:
     base, wide = (record["runs"][f"moe-completep/{target}/0/0"] for target in ("base", "width=2"))
     assert base != wide != record["runs"]["standard/width=2/0/0"]
     assert record["costs"][0]["base_runs"] is None and "--base_runs" in record["costs"][0]["base_runs_source"]
-    for picture in ("transfer.png", "costs.png"):
+    for picture in ("transfer.png", "costs.png", "transfer.html"):
         assert (output / picture).stat().st_size > 10_000
     write(best, learning_rate=0.02)
     with pytest.raises(InputError, match="other settings"):
