@@ -31,6 +31,7 @@ SLOW = (
     "structure/test_garbage.py",
     "structure/test_shape.py",
     "structure/test_suggest.py",
+    "tuning/test_drift.py",
     "tuning/test_ledger.py",
     "tuning/test_search.py",
     "tuning/test_transfer.py",
