@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ def learn(
     factor, rates = schedule_of(run), [group["lr"] for group in optimizer.param_groups]
     looks = {math.ceil(run.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
     balancer = balancer_for(run, model)
-    device, precision = model.device, precision_of(run)
+    device, precision, options = model.device, precision_of(run), options_of(model)
     part = torch.tensor(1 / run.gradient_accumulation, device=device)
     total, before = torch.zeros((), device=device), 0
     model.train()
@@ -56,7 +57,7 @@ def learn(
         for _ in range(run.gradient_accumulation):
             ids = on(device, next(batches))
             with precision():
-                loss = model(input_ids=ids, labels=ids).loss
+                loss = model(input_ids=ids, labels=ids, **options).loss
             loss.backward(part)
             total += loss.detach()
         optimizer.step()
@@ -81,12 +82,18 @@ def learn(
 def evaluate(run: ShortRun, model: PreTrainedModel, validation: PackedDataset) -> float:
     """The mean loss over the held-out blocks, which are equally long."""
     model.eval()
-    precision, total = precision_of(run), torch.zeros((), dtype=torch.float64, device=model.device)
+    precision, options = precision_of(run), options_of(model)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
     for start in range(0, len(validation), VALIDATION_BATCH):
         ids = on(model.device, validation.batch(range(start, min(start + VALIDATION_BATCH, len(validation)))))
         with precision():
-            total += model(input_ids=ids, labels=ids).loss * len(ids)
+            total += model(input_ids=ids, labels=ids, **options).loss * len(ids)
     return total.item() / len(validation)
+
+
+def options_of(model: PreTrainedModel) -> dict[str, bool]:
+    """No cache of keys and values, which most configs ask for and only generation reads; Trainer has none either."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def schedule_of(run: ShortRun) -> Callable[[int], float]:

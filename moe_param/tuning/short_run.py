@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 import moe_param
 from moe_param import Parameterization
 from moe_param.errors import InputError
+from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.dispatch import is_experts
 from moe_param.training.arguments import ModelArguments, PretrainArguments, set_horizon
 from moe_param.training.data.packing import PackedDataset
@@ -119,9 +121,7 @@ def train(run: ShortRun, watch: Watch | None = None) -> Outcome:
 def _train(run: ShortRun, watch: Watch | None, training: PackedDataset, validation: PackedDataset) -> Outcome:
     transformers.set_seed(run.seed)
     model, parameterization = build(run)
-    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
-
+    optimizer = optimizer_for(run, model, parameterization)
     start = time.perf_counter()
     learned = learn(run, model, optimizer, batches(run, training), watch)
     loss = math.nan if learned.stopped else math.inf
@@ -139,7 +139,7 @@ def build(run: ShortRun) -> tuple[PreTrainedModel, Parameterization]:
     parameterization = moe_param.apply(
         model,
         AutoConfig.for_model(**run.base),
-        spec=run.spec,
+        spec=_spec(run.spec),
         init_std=run.init_std,
         constants=run.constants,
         seed=run.seed,
@@ -148,3 +148,14 @@ def build(run: ShortRun) -> tuple[PreTrainedModel, Parameterization]:
     if run.experts is None and run.device == "cpu" and any(is_experts(module) for module in model.modules()):
         model.set_experts_implementation("grouped_mm")
     return model, parameterization
+
+
+def optimizer_for(run: ShortRun, model: PreTrainedModel, parameterization: Parameterization) -> torch.optim.Optimizer:
+    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
+    return torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
+
+
+@functools.cache
+def _spec(name: str) -> ScalingSpec:
+    """Read once in a process: it takes longer than all else that `apply` does to a small model."""
+    return ScalingSpec.load(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from moe_param.tuning import loop
 from moe_param.tuning import short_run as module
 from moe_param.tuning.short_run import ShortRun, check_run, times_seen, train
 from moe_param.tuning.text import batches, blocks_of
+from recipes.bench import short_run as bench
 from tests.models import BYTE_MIXTRAL, FAMILIES, tiny_config
 
 
@@ -175,3 +177,33 @@ def test_accumulated_gradients_are_those_of_the_batch() -> None:
     whole, parts = train(mixtral()), train(mixtral(gradient_accumulation=2))
     assert parts.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
     assert parts.training_loss == pytest.approx(whole.training_loss, rel=1e-5)
+
+
+# -- against the plain loop ------------------------------------------------------------------------------------------
+CONSTANTS = {"router": {"init": 2.0, "lr": 0.5}, "expert_down": {"init": 0.5, "lr": 2.0}}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3"])  # the latter has shared experts and selection biases
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_losses_are_those_of_the_plain_loop(name: str, schedule: str) -> None:
+    """The reference of the benchmark: no looks, transformers' scheduler stepped, `PackedDataset`'s own batches."""
+    settings = {"steps": 20, "schedule": schedule, "weight_decay": 0.1, "constants": CONSTANTS, "balance_rate": 0.0}
+    run = family(name, **settings)
+    new, old = bench.ours(run), bench.plain(run)
+    assert len(old.losses) == len(new.losses) == 20 and old.losses[-1] < old.losses[0]
+    assert bench.difference(new, old) <= 1e-5
+    other = bench.ours(replace(run, warmup=0.3))  # negative control
+    assert bench.difference(other, old) > 1e-4
+
+
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    bench.main(["--smallest", "--out", str(tmp_path / "short_run.json")])
+    report = json.loads((tmp_path / "short_run.json").read_text())
+    assert [result["name"] for result in report["results"]] == ["base", "target"]
+    for result in report["results"]:
+        assert result["passed"]["difference"] and result["steps per second, ours / plain"] > 0
+
+
+def test_looks_are_means_since_the_last() -> None:
+    assert bench.looks(range(1, 41)) == [1.5 + 2 * i for i in range(20)]
+    assert bench.looks([3.0, 4.0]) == [3.0, 4.0]

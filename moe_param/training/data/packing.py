@@ -34,7 +34,8 @@ class PackedDataset(Dataset[Block]):
         return {"input_ids": ids, "labels": ids}  # transformers shifts the labels itself
 
     def batch(self, indices: Iterable[int]) -> torch.Tensor:
-        return torch.stack([self[i]["input_ids"] for i in indices])
+        starts = self.starts[np.fromiter(indices, np.int64)]
+        return torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.seq_len)].astype(np.int64))
 
     def batches(self, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
         """Endless batches, every epoch in a new order that depends on the seed alone."""
