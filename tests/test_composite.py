@@ -31,6 +31,15 @@ QWEN_VISION = {
     "num_position_embeddings": 16,
     "deepstack_visual_indexes": [0],
 }
+GLM_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "out_hidden_size": 64,
+}
 LLAMA_VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -53,6 +62,20 @@ TINY: dict[str, tuple[str, str, str, dict[str, Any]]] = {
             "video_token_id": 4,
             "vision_start_token_id": 5,
             "vision_end_token_id": 6,
+        },
+    ),
+    "glm4v_moe": (
+        "glm4v_moe",
+        "Glm4vMoeForConditionalGeneration",
+        "Glm4vMoeConfig",
+        {
+            "vision_config": GLM_VISION,
+            "image_token_id": IMAGE,
+            "video_token_id": 4,
+            "image_start_token_id": 5,
+            "image_end_token_id": 6,
+            "video_start_token_id": 7,
+            "video_end_token_id": 8,
         },
     ),
     "llama4": (
@@ -78,7 +101,7 @@ def build(family: str, config: PretrainedConfig | None = None) -> Any:
 
 def narrow(config: PretrainedConfig) -> PretrainedConfig:
     """A base with a smaller text part."""
-    sizes = {"qwen3_vl_moe": {"width": 32, "depth": 2}, "llama4": {"width": 24}}[config.model_type]
+    sizes = {"llama4": {"width": 24}}.get(config.model_type, {"width": 32, "depth": 2})
     return scale_config(config, **sizes, model_class=class_of(config))
 
 
@@ -139,7 +162,7 @@ def test_the_text_has_the_rules_it_has_alone(family: str) -> None:
     base = narrow(config)
     whole = moe_param.plan(class_of(config), config, base, only="text")
     alone = moe_param.plan(model_class_for(text), text, base.get_text_config())
-    prefix = {"qwen3_vl_moe": "model.language_model.", "llama4": "language_model."}[family]
+    prefix = {"llama4": "language_model."}.get(family, "model.language_model.")
     layers = {f"{prefix}{name}": rule for name, rule in alone.rules.items() if "layers." in name}
     assert layers and layers.items() <= whole.rules.items()
     assert whole.shape == alone.shape

@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.bench.report import bench_report
-
 DESCRIPTION = "What moe-param base and explain need for models of published size."
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published"
 SECONDS, MEMORY = 5.0, 1.5 * 2**30
@@ -103,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smallest", action="store_true", help="the smallest config, one round: does it run at all")
     arguments = parser.parse_args(argv)
     wanted = ["olmoe-1b-7b"] if arguments.smallest else arguments.only
+    # This process stays small until all is measured: ru_maxrss of a child includes what its parent had.
     results = []
     for path in sorted(PUBLISHED.glob("*.yaml")):
         if wanted and path.stem not in wanted:
@@ -110,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         result = bench_config(path, 1 if arguments.smallest else arguments.rounds)
         results.append(result)
         print(path.stem, result.get("moe-param explain", result.get("refused")), result.get("ours", ""), flush=True)
+    from recipes.bench.report import bench_report  # imports torch
+
     return bench_report("recipes.bench.explain", argv, arguments.smallest, results, arguments.out)
 
 
