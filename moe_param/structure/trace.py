@@ -13,7 +13,7 @@ import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,9 @@ def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
 def _apart() -> Iterator[None]:
     """Keeps the caller's state and the reading from each other: the random generator (what a model computes with
     constants alone is computed for real, and noise may be among it), the default device, inference mode."""
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.inference_mode(False):
+    elsewhere = torch.get_default_device().type != "cpu"  # a device context slows down every operation
+    on_cpu = torch.device("cpu") if elsewhere else nullcontext()
+    with torch.random.fork_rng(devices=[]), on_cpu, torch.inference_mode(False):
         torch.default_generator.manual_seed(0)
         yield
 
