@@ -39,6 +39,7 @@ from moe_param.structure.flow import Activation, Flow, Origin, Stream, Weight
 from moe_param.structure.laws import InitLaw, InitWatcher
 from moe_param.structure.observations import StructureError, Trace
 from moe_param.structure.operations import HANDLERS, Call, UnknownOperation, result_of
+from moe_param.structure.repeats import RUN, Repeats
 
 
 @contextmanager
@@ -238,6 +239,18 @@ def shared_trace(model_class: type[PreTrainedModel], config: PretrainedConfig) -
 
 
 def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -> tuple[PreTrainedModel, Trace]:
+    repeats = Repeats(RUN)
+    try:
+        return _traced(model_class, config, repeats)
+    except StructureError:
+        if not repeats.like:
+            raise
+    return _traced(model_class, config, Repeats(None))  # layers are not what they look like, or nothing can be read
+
+
+def _traced(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, repeats: Repeats
+) -> tuple[PreTrainedModel, Trace]:
     config = copy.deepcopy(config)
     adapter = adapter_for(config)
     with _quiet(), _apart(), FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as fakes:
@@ -248,7 +261,7 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         _check_embedding(model)
         _use_plain_implementations(model)
         watcher = Watcher(model, adapter)
-        _, layers = find_layers(model)
+        stack, layers = find_layers(model)
         trace = watcher.trace
         for name, parameter in model.named_parameters():
             trace.shapes[name] = tuple(parameter.shape)
@@ -257,13 +270,20 @@ def _trace_model(model_class: type[PreTrainedModel], config: PretrainedConfig) -
         inputs = forward_inputs(model, torch.zeros(1, adapter.tokens, dtype=torch.long))
         listener = Listener(model, layers, watcher)
         purpose = f"{model_class.__name__} could not be run on fake tensors to find the roles of its parameters"
-        with _one_line(purpose), listener, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), watcher:
+        with (
+            _one_line(purpose),
+            listener,
+            repeats.among(layers),
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            watcher,
+        ):
             out = model(**inputs)
         if not trace.logits_from:
             last = watcher.flow(getattr(out, "last_hidden_state", None))
             trace.logits_from = last.names if last is not None else ()
         check_stack(model, trace, listener.entered)
-        trace.routers = find_routers(model, trace, listener.sent)
+        trace.routers = find_routers(model, trace, repeats.complete(stack, trace, listener.sent))
     return model, trace
 
 
