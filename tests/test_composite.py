@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -89,6 +90,27 @@ TINY: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 
 def config_of(family: str) -> PretrainedConfig:
+    """Skips the test where the installed transformers has no such model, or one whose own forward pass fails, as 5.24
+    for llama4."""
+    text = TINY[family][0]
+    if text not in FAMILIES:
+        pytest.skip(f"transformers {transformers.__version__} has another {text}, or none")
+    if broken(family):
+        pytest.skip(f"{TINY[family][1]} of transformers {transformers.__version__}: {broken(family)}")
+    return _config(family)
+
+
+@functools.cache
+def broken(family: str) -> str | None:
+    """What the model itself, without any of ours, says to a batch."""
+    try:
+        getattr(transformers, TINY[family][1])(_config(family))(**batch(family))
+    except AttributeError as error:
+        return str(error)
+    return None
+
+
+def _config(family: str) -> PretrainedConfig:
     text, _, config_class, rest = TINY[family]
     divides = {"llama4": {"intermediate_size_mlp": 96}}.get(text, {})  # at a third of the width, too
     return getattr(transformers, config_class)(text_config={**entry_of(text)["tiny_config"], **divides}, **rest)
@@ -241,7 +263,7 @@ def test_only_is_checked() -> None:
 # -- every family ----------------------------------------------------------------------------------------------------
 def composite_families() -> dict[str, type[Any]]:
     found = {}
-    for name in (*FAMILIES, *DENSE, "llama4", "step3p7"):
+    for name in (*FAMILIES, *DENSE):
         entry = entry_of(name)
         module = importlib.import_module(entry["module"])
         for class_name in dir(module):
@@ -257,14 +279,17 @@ def composite_families() -> dict[str, type[Any]]:
 def test_every_family_with_towers_can_be_planned(family: str) -> None:
     """Towers of their default size, on fake tensors: all that text does not reach is left alone, and nothing else."""
     model_class = composite_families()[family]
+    if family in TINY and broken(family):
+        pytest.skip(f"{model_class.__name__} of transformers {transformers.__version__}: {broken(family)}")
     tiny = dict(entry_of(family)["tiny_config"])
     towers: dict[str, dict[str, Any]] = {n: {} for n in model_class.config_class.sub_configs if n != "text_config"}
     try:
         config = model_class.config_class(text_config=tiny, **towers)
     except Exception:  # what they hand to the text is checked against its width
         for name, tower in towers.items():
-            default = vars(model_class.config_class.sub_configs[name]())
-            tower |= {key: tiny["hidden_size"] for key in default if re.fullmatch(_TOWER_OUT, key)}
+            default = getattr(model_class.config_class(), name)
+            tower |= {key: tiny["hidden_size"] for key in vars(default) if re.fullmatch(_TOWER_OUT, key)}
+            tower |= {"model_type": default.model_type}
         config = model_class.config_class(text_config=tiny, **towers)
     structure = read_structure(model_class, config, "text")
     alone = {name for name, info in structure.parameters.items() if info.role == LEFT_ALONE}

@@ -37,7 +37,7 @@ def test_the_shipped_list_is_that_of_the_tests() -> None:
     missing = sorted(tested - listed)
     assert not missing, f"add to moe_param/structure/known.yaml: {missing}"
     if transformers.__version__.startswith(str(newest)):
-        assert listed == tested
+        assert len(listed - tested) == len(AHEAD["newer"])  # of a later transformers
     requirements = Path(__file__).parents[2] / "requirements-tested.txt"
     versions = re.findall(r"^transformers==(\S+)", requirements.read_text(), re.MULTILINE)
     assert max(map(Version, versions)).release[:2] == newest.release[:2]
