@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from moe_param.tuning.runners import LoopRunner
     from moe_param.tuning.transfer import transfer
     from moe_param.tuning.transfer_report import TransferReport
+    from moe_param.tuning.tune import Space, tune
 
 __version__ = "0.2.0"
 
@@ -69,6 +70,7 @@ _NAMES = {
     "tuning.runners": ("LoopRunner",),
     "tuning.transfer": ("transfer",),
     "tuning.transfer_report": ("TransferReport",),
+    "tuning.tune": ("Space", "tune"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -99,6 +101,7 @@ __all__ = [
     "ScalingSpec",
     "Shape",
     "ShapeError",
+    "Space",
     "SpecError",
     "StructureError",
     "TransferReport",
@@ -120,6 +123,7 @@ __all__ = [
     "scale_config",
     "suggest_base",
     "transfer",
+    "tune",
 ]
 
 

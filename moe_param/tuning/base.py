@@ -18,7 +18,7 @@ from moe_param.training.arguments import ModelArguments, PretrainArguments, buil
 from moe_param.training.data.text import DataArguments
 from moe_param.tuned import read_yaml
 from moe_param.tuning.arguments import TuneArguments
-from moe_param.tuning.constants import Point, canonical
+from moe_param.tuning.points import Point, canonical
 from moe_param.tuning.short_run import ShortRun, short_run
 
 # Of training's arguments, those that a trial's loss depends on. tuned.yaml has them all, defaults of today included.

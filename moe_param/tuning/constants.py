@@ -12,26 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from moe_param.statistics import paired_threshold
-
-Point = dict[str, float]
-"""`learning_rate`, `init_std` and constants as `router.lr`; what is not in it is the base's own (constants: 1)."""
-
-Losses = tuple[float, ...]
-"""One loss per seed, always in the same order; inf where a run diverged."""
-
-
-def canonical(point: Mapping[str, float]) -> Point:
-    """Sorted, without constants of 1, rounded so that ×4 and then ×1/4 is the point one started from."""
-    rounded = {name: float(f"{value:.9g}") for name, value in sorted(point.items())}
-    return {name: value for name, value in rounded.items() if "." not in name or value != 1.0}
-
-
-def key_of(point: Mapping[str, float]) -> str:
-    return " ".join(f"{name}={value:.9g}" for name, value in canonical(point).items())
-
-
-def moved(point: Point, name: str, factor: float) -> Point:
-    return canonical({**point, name: point.get(name, 1.0) * factor})
+from moe_param.tuning.points import Losses, Point, canonical, key_of, moved
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 from moe_param.training.report import finite
 from moe_param.tuning import costs as spending
-from moe_param.tuning.constants import Judgement
 from moe_param.tuning.drift import Bounds, draw, said
 from moe_param.tuning.page import (
     Code,
@@ -32,13 +31,13 @@ from moe_param.tuning.page import (
     command,
     table,
 )
-from moe_param.tuning.results import TOLERANCE, Found, draw_rates, plot_pass, split, without_rate
+from moe_param.tuning.pictures import TOLERANCE, plot_descent, plot_effects, plot_pass, plot_rates, points_of, rest
+from moe_param.tuning.results import split
 
 Record = Mapping[str, Any]
 Builder = Callable[[Record], Section | None]
 
 WIDTH = 4.8  # inches: at this size a picture's letters can be read on a phone
-Kind = TypeVar("Kind")
 
 
 # -- numbers as one reads them -----------------------------------------------------------------------------------------
@@ -113,11 +112,6 @@ def label(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def known(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
-    """A dataclass of those values it has fields for: records outlive the code that wrote them."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})  # type: ignore[arg-type]
-
-
 def sections(builders: Iterable[Builder], record: Record) -> tuple[Section, ...]:
     return tuple(section for builder in builders if (section := builder(record)) is not None)
 
@@ -145,26 +139,31 @@ def canvas(height: float) -> tuple[Any, Any]:
 def tune_page(record: Record) -> Page:
     """Of what tune.json holds."""
     record = finite(json.loads(json.dumps(record)))  # as the file has it: no infinity, lists alone
-    found = found_of(record)
-    rate, std, constants = split(found.best)
-    low, high = found.stable
+    best = record["best"]
+    rate, std, constants = split(best["best"])
+    low, high = best["stable"]
     done, all_of = record.get("statuses", {}).get("complete", 0), len(record["trials"])
     stable = math.log2(high / low)
     verdicts = [
-        Verdict(f"{found.loss:.3f}", "best loss", f"nats per token, mean of {count(len(seeds_of(record)), 'seed')}"),
+        Verdict(f"{best['loss']:.3f}", "best loss", f"nats per token, mean of {count(len(seeds_of(record)), 'seed')}"),
         Verdict(power(rate), "learning rate", f"{rate:.4g}"),
         Verdict(f"{std:.3g}" if std else "config's", "init std", constants_note(constants)),
         Verdict(f"{stable:.1f}", "as good, octaves", f"{low:.3g} to {high:.3g} lose at most {TOLERANCE:.0%}"),
     ]
     return Page(
         title=f"Tuned: {record.get('settings', {}).get('model', {}).get('model_type', 'a base')}",
-        lead=f"{base_of(record)}. Best loss {found.loss:.3f} nats at learning rate {power(rate)}"
-        + (f" with {constants_of(found.best)}" if constants_of(found.best) else "")
-        + f"; {done} of {count(all_of, 'trial')} complete.",
+        lead=f"{base_of(record)}. Best loss {best['loss']:.3f} nats at learning rate {power(rate)}"
+        + (f" with {constants_of(best['best'])}" if constants_of(best["best"]) else "")
+        + f"; {done} of {count(all_of, 'run')} complete{spent_note(record)}.",
         verdicts=tuple(verdicts),
         sections=sections(TUNE, record),
         facts=facts_of(record),
     )
+
+
+def spent_note(record: Record) -> str:
+    """Where hopeless runs were stopped: what was spent, in full runs."""
+    return f", {record['spent']:.1f} full runs in all" if record.get("spent") else ""
 
 
 def constants_note(constants: Mapping[str, Any] | None) -> str:
@@ -186,92 +185,77 @@ def base_of(record: Record) -> str:
     return "The base has " + ", ".join(words)
 
 
-def found_of(record: Record) -> Found:
-    """Infinite gains are null in a file: the change diverged, or the point before it did."""
-    best = record["best"]
-
-    def judgement(values: Record) -> Judgement:
-        lost = math.inf if values["accepted"] else -math.inf
-        gains = tuple(lost if gain is None else gain for gain in values["gains"])
-        gain = lost if values["gain"] is None else values["gain"]
-        needed = math.inf if values["needed"] is None else values["needed"]
-        return known(Judgement, {**values, "gains": gains, "gain": gain, "needed": needed})
-
-    judgements = tuple(judgement(values) for values in best.get("judgements", ()))
-    return known(Found, {**best, "stable": tuple(best["stable"]), "judgements": judgements})
-
-
 def tune_notes(record: Record) -> Section | None:
-    found = found_of(record)
     notes = [
         Note(f"The best {label(name)} is at the end of its ladder: it may lie outside. Make the ladder longer.")
-        for name in found.at_edge
+        for name in record["best"].get("at_edge", ())
     ]
-    lost = {status: n for status, n in record.get("statuses", {}).items() if status != "complete"}
+    lost = {status: n for status, n in record.get("statuses", {}).items() if status not in ("complete", "stopped")}
     if lost:
         said = ", ".join(f"{n} {status}" for status, n in lost.items())
-        notes.append(Note(f"Not every trial has a loss: {said}. They are in the list of all trials."))
+        notes.append(Note(f"Not every run has a loss: {said}. They are in the list of all runs."))
     return Section("To be careful about", "", tuple(notes)) if notes else None
 
 
 def tune_rates(record: Record) -> Section | None:
-    """Drawn where there is a line of at least three rates, or many points that share none."""
-    found, points = found_of(record), points_of(record)
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for point, loss in points:
-        lines.setdefault(without_rate(point), []).append((point["learning_rate"], loss))
-    sampled = len(points) >= 5 and len(lines) > len(points) / 2 and not found.judgements
-    if sampled:
-        lines = {"": [pair for line in lines.values() for pair in line]}
-    lines = {name: line for name, line in lines.items() if len(line) >= 3}
-    if not any(math.isfinite(loss) for line in lines.values() for _, loss in line):
+    """Drawn where there is a line of at least three rates."""
+    best = record["best"]
+    lines = [rest(point) for point, _ in points_of(record)]
+    if not any(lines.count(name) >= 3 for name in lines):
         return None
     figure, axes = canvas(3.3)
-    draw_rates(axes, lines, found, sampled=sampled)
+    plot_rates(axes, record)
+    low, high = best["stable"]
     alt = (
-        f"Validation loss against learning rate. The lowest loss, {found.loss:.3f} nats, is at "
-        f"{power(found.best['learning_rate'])}; between {octaves(found.stable[0])} and {octaves(found.stable[1])} it "
-        f"is at most {TOLERANCE:.0%} higher."
+        f"Validation loss against learning rate. The loss of the chosen point, {best['loss']:.3f} nats, is at "
+        f"{power(best['best']['learning_rate'])}; between {octaves(low)} and {octaves(high)} it is at most "
+        f"{TOLERANCE:.0%} higher."
     )
-    caption = f"The star is the best point; in the shaded region the loss is within {TOLERANCE:.0%} of its."
-    return Section("Loss against learning rate", "", (Figure(figure, alt, caption),))
+    caption = f"The star is the chosen point; in the shaded region the loss is within {TOLERANCE:.0%} of its."
+    return Section("Loss against learning rate", "", (Figure(figure, alt, caption), *ladder_table(record)))
 
 
-def points_of(record: Record) -> list[tuple[dict[str, float], float]]:
-    """Every point with a result, once: inf where it diverged."""
-    points: dict[str, tuple[dict[str, float], float]] = {}
-    for trial in record["trials"]:
-        if trial["status"] in ("complete", "diverged") and trial.get("point"):
-            loss = math.inf if trial["loss"] is None else trial["loss"]
-            points.setdefault(json.dumps(trial["point"], sort_keys=True), (trial["point"], loss))
-    return list(points.values())
+def ladder_table(record: Record) -> list[Part]:
+    """The last ladder: what a rate above the chosen one costs."""
+    best = record["best"]
+    rungs = [(rung["rate"], [x for x in rung["losses"] if x is not None]) for rung in best.get("rungs", ())]
+    if not rungs:
+        return []
+    rows = []
+    for rate, losses in rungs:
+        mean = statistics.fmean(losses) if losses else math.inf
+        factor = rate / best["best"]["learning_rate"]
+        worse = f"{mean / best['loss'] - 1:+.2%}" if math.isfinite(mean) and factor != 1 else ""
+        cells = (f"×{factor:g}", power(rate), nats(mean), worse, str(len(losses)))
+        rows.append(Row(cells, "best" if factor == 1 else ""))
+    headings = ("of the chosen", "rate", "loss", "worse by", "seeds")
+    return [TableOf(headings, tuple(rows), "How stable training is around the chosen rate (nats per token)")]
 
 
 def tune_pass(record: Record) -> Section | None:
-    found = found_of(record)
-    if not found.judgements:
+    judgements = record["best"].get("judgements")
+    if not judgements:
         return None
-    figure, axes = canvas(max(3.0, 0.22 * len(found.judgements) + 1.2))
-    plot_pass(axes, found)
+    figure, axes = canvas(max(2.0, 0.22 * len(judgements) + 1.2))
+    plot_pass(axes, record)
     low, high = axes.get_xlim()
     axes.set_xticks([x for x in (-1.0, -0.1, 0.0, 0.1, 1.0) if low <= x <= high])
     axes.set_xlabel("gain of each seed (nats)")
     axes.tick_params("y", labelsize=8)
-    kept = [j for j in found.judgements if j.accepted]
+    kept = [j for j in judgements if j["accepted"]]
     rows = [
         Row(
-            (f"{j.coordinate} ×{j.factor:g}", gain_of(j), nats(j.needed), " ".join(f"{gain:+.3f}" for gain in j.gains)),
-            "best" if j.accepted else "",
+            (j["coordinate"], f"×{j['factor']:g}", gain_of(j), nats(j["needed"]), each(j["gains"])),
+            "best" if j["accepted"] else "",
         )
-        for j in found.judgements
+        for j in judgements
     ]
-    start = (
-        "" if found.start_loss is None else f" The pass began at {nats(found.start_loss)}, ended at {found.loss:.4f}."
-    )
+    start, end = record["best"].get("start_loss"), record["best"]["loss"]
+    began = f" The search began at {nats(start)}, ended at {end:.4f}." if start is not None else ""
     return Section(
-        "What each change gained",
+        "What was judged over the seeds",
         f"A change is kept where it is better with every seed and its mean gain exceeds what noise would give. "
-        f"{len(kept)} of {count(len(found.judgements), 'change')} kept.{start}",
+        f"{len(kept)} of {count(len(judgements), 'change')} kept.{began}",
         (
             Figure(
                 figure,
@@ -280,21 +264,67 @@ def tune_pass(record: Record) -> Section | None:
             ),
             Details(
                 "The numbers",
-                (TableOf(("change", "gain", "needed", "each seed"), tuple(rows), "Gains in nats per token"),),
+                (TableOf(("change", "", "gain", "needed", "each seed"), tuple(rows), "Gains in nats per token"),),
             ),
         ),
     )
 
 
-def gain_of(judgement: Judgement) -> str:
-    if math.isfinite(judgement.gain):
-        return f"{judgement.gain:+.4f}"
-    return "diverged" if judgement.gain < 0 else "no longer diverges"
+def each(gains: Sequence[float | None]) -> str:
+    return " ".join("–" if gain is None else f"{gain:+.3f}" for gain in gains)
+
+
+def gain_of(judgement: Record) -> str:
+    """Infinite gains are null in a file: the change diverged, or the point before it did."""
+    if judgement["gain"] is not None:
+        return f"{judgement['gain']:+.4f}"
+    return "no longer diverges" if judgement["accepted"] else "diverged"
+
+
+def tune_effects(record: Record) -> Section | None:
+    """What the fit of the second stage says of every number."""
+    effects = sorted(record["best"].get("effects", ()), key=lambda effect: -effect["gain"])
+    if not effects:
+        return None
+    figure, axes = canvas(0.22 * len(effects) + 1.2)
+    plot_effects(axes, record)
+    axes.tick_params("y", labelsize=8)
+    rows = [
+        (e["name"], f"×{2 ** e['octaves']:.3g}", f"{e['gain']:+.2%} ± {e['error']:.2%}".replace("-", "−"))
+        for e in effects
+    ]
+    return Section(
+        "What every number is worth",
+        "All numbers were moved at once, in every run, and a quadratic was fitted to the losses: where each ended, and "
+        "how much of the loss that gains by the fit (± a standard error). Kept or left together, by the test below.",
+        (
+            Figure(figure, "Gain of every number by the fit, with its standard error.", "Bars: a standard error."),
+            Details("The numbers", (table(("number", "moved by", "gain"), rows, "By the fit, as shares of the loss"),)),
+        ),
+    )
+
+
+def tune_descent(record: Record) -> Section | None:
+    """How the loss fell, and what each stage cost."""
+    best = record["best"]
+    if not best.get("moves"):
+        return None
+    figure, axes = canvas(2.8)
+    plot_descent(axes, record)
+    rows = [(stage, f"{runs:.1f}") for stage, runs in (best.get("spent_in") or {}).items()]
+    return Section(
+        "How the loss fell",
+        "Runs that could not catch up with the best one were stopped, and count by the steps that they did.",
+        (
+            Figure(figure, f"Best loss of one run so far against runs spent; it ends at {best['loss']:.3f}.", ""),
+            table(("stage", "full runs"), rows, "What each stage cost"),
+        ),
+    )
 
 
 def tune_constants(record: Record) -> Section | None:
     """The constants per role, where there are any."""
-    _, _, constants = split(found_of(record).best)
+    _, _, constants = split(record["best"]["best"])
     if not constants:
         return None
     rows = [
@@ -304,59 +334,60 @@ def tune_constants(record: Record) -> Section | None:
     return Section("Constants", "", (table(("role", "init", "learning rate"), rows, "What differs from 1"),))
 
 
-def tune_stages(record: Record) -> Section | None:
-    parts = [
-        found
-        for name, caption in (("stages", "The stages of the search"), ("budget", "What it was allowed to cost"))
-        if (found := things(record.get(name), caption)) is not None
-    ]
-    return Section("Stages and budget", "", tuple(parts)) if parts else None
-
-
 def tune_trials(record: Record) -> Section | None:
     trials = record["trials"]
     if not trials:
         return None
-    complete = sorted((t for t in trials if t["status"] == "complete"), key=lambda t: (t["loss"], t["number"]))
-    chosen = record["best"]["best"]  # of a pass over the constants not the lowest loss: that may be noise
-    lower = [trial for trial in complete if trial["loss"] < record["best"]["loss"]]
+    points = sorted(points_of(record), key=lambda found: statistics.fmean(found[1]))
+    chosen = record["best"]["best"]  # not always the lowest loss of all: that may be noise
+    lower = [point for point, losses in points if statistics.fmean(losses) < record["best"]["loss"]]
     note = "Marked is the point that was chosen: what is lower may be so by noise." if lower else ""
-    best = [Row(numbers_of(trial), "best" if trial.get("point") == chosen else "") for trial in complete[:10]]
+    best = [
+        Row((nats(statistics.fmean(losses)), *numbers_of(point), " ".join(map(nats, losses))), mark(point, chosen))
+        for point, losses in points[:10]
+    ]
     everything = [
         Row(
-            (str(trial["number"]), trial["status"], *numbers_of(trial), plain(trial.get("seconds")), said_by(trial)),
+            (
+                *(str(trial["number"]), trial["status"], nats(trial["loss"]), *numbers_of(trial.get("point") or {})),
+                *(
+                    plain(trial.get("seed")),
+                    f"{trial.get('share', 1):.0%}",
+                    plain(trial.get("seconds")),
+                    said_by(trial),
+                ),
+            ),
             "" if trial["status"] == "complete" else "failed",
         )
         for trial in trials
     ]
-    numbers = ("loss", "learning rate", "rest", "each seed")
+    numbers = ("loss", "learning rate", "rest")
     listed = TableOf(
-        ("trial", "status", *numbers, "seconds", "what it said"),
+        ("run", "status", *numbers, "seed", "done", "seconds", "what it said"),
         tuple(everything),
-        "All trials, in the order they were started",
+        "All runs, in the order they were started",
     )
     return Section(
         "The search",
         "",
         (
-            *progress(trials),
-            TableOf(numbers, tuple(best), f"The {count(len(best), 'trial')} of the lowest loss (nats per token)", note),
-            Details(f"All {count(len(trials), 'trial')}", (listed,)),
+            *(() if record["best"].get("moves") else progress(trials)),
+            TableOf(
+                (*numbers, "each seed"), tuple(best), f"The {count(len(best), 'point')} of lowest loss (nats)", note
+            ),
+            Details(f"All {count(len(trials), 'run')}", (listed,)),
         ),
     )
 
 
-def numbers_of(trial: Record) -> tuple[str, ...]:
-    """Loss, learning rate, the rest of the point, the loss of each seed."""
-    point = trial.get("point") or {}
+def mark(point: Mapping[str, float], chosen: Mapping[str, float]) -> str:
+    return "best" if point == chosen else ""
+
+
+def numbers_of(point: Mapping[str, float]) -> tuple[str, str]:
+    """Learning rate and the rest of a point."""
     rate = point.get("learning_rate")
-    losses = " ".join(nats(loss) for loss in (trial.get("losses") or {}).values())
-    return (
-        nats(trial["loss"]) if trial["status"] in ("complete", "diverged") else "–",
-        power(rate) if rate else "–",
-        constants_of(point) or "config's own",
-        losses or "–",
-    )
+    return power(rate) if rate else "–", constants_of(point) or "config's own"
 
 
 def said_by(trial: Record) -> str:
@@ -373,14 +404,14 @@ def progress(trials: Sequence[Record]) -> list[Part]:
     best = [min(losses[: i + 1]) for i in range(len(losses))]
     top = min(max(losses), statistics.median(losses) + 3 * (statistics.median(losses) - min(losses)))
     figure, axes = canvas(2.6)
-    axes.plot(numbers, [min(loss, top) for loss in losses], "o", color="C7", markersize=4, label="a trial")
+    axes.plot(numbers, [min(loss, top) for loss in losses], "o", color="C7", markersize=4, label="a run")
     axes.step(numbers, best, where="post", color="C0", label="best so far")
     if gone:
         axes.plot(gone, [top] * len(gone), "x", color="C3", label="diverged")
     axes.locator_params("x", integer=True)
-    axes.set(xlabel="trial", ylabel="validation loss", ylim=(None, top + 0.05 * (top - min(losses)) + 1e-9))
+    axes.set(xlabel="run", ylabel="validation loss", ylim=(None, top + 0.05 * (top - min(losses)) + 1e-9))
     axes.legend(fontsize="small")
-    alt = f"Loss of each trial in order; the best so far falls from {best[0]:.3f} to {best[-1]:.3f}."
+    alt = f"Loss of each run in order; the best so far falls from {best[0]:.3f} to {best[-1]:.3f}."
     above = "Losses above the picture are drawn at its upper edge." if max(losses) > top else ""
     return [Figure(figure, alt, above)]
 
@@ -430,21 +461,22 @@ def tune_made(record: Record) -> Section | None:
     rows += [(f"base {label(name)}", plain(value)) for name, value in record.get("tuned_at", {}).items()]
     return Section(
         "How it was made",
-        f"Each trial trains the base for {plain(steps)} steps{tokens}, once with each seed, and is worth the mean of "
-        "the validation losses. The command:",
+        f"A run trains the base for {plain(steps)} steps{tokens} with a seed; a point is worth the mean of its "
+        "held-out losses over the seeds. The command:",
         (
             command(record["command"]),
-            Details("Settings", (table(("setting", "value"), rows, "What every trial has in common"),)),
+            Details("Settings", (table(("setting", "value"), rows, "What every run has in common"),)),
         ),
     )
 
 
 TUNE: tuple[Builder, ...] = (
     tune_notes,
+    tune_descent,
     tune_rates,
     tune_constants,
+    tune_effects,
     tune_pass,
-    tune_stages,
     tune_trials,
     tune_use,
     tune_made,

@@ -1,11 +1,11 @@
-"""What a search found: the best point, the stable region, tuned.yaml, the picture, the tables."""
+"""What a search found: the best point, the stable region, tuned.yaml, the tables."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,46 +13,100 @@ import yaml
 from optuna.trial import FrozenTrial
 from rich.table import Table
 
-from moe_param.tuning.constants import Judgement, Point, key_of
-from moe_param.tuning.search import Coordinate, Grid, SearchError, Strategy, Tpe, results_of, status_of
+from moe_param.tuning.constants import Judgement
+from moe_param.tuning.points import Point, key_of, over_seeds
+from moe_param.tuning.stages import Course, Effect, Rung
+from moe_param.tuning.strategies import Coordinate, Staged, Strategy
+from moe_param.tuning.study import SearchError, results_of, status_of
 
 TOLERANCE = 0.01  # of the loss: what counts as stable
 
 
 @dataclass(frozen=True)
 class Found:
+    """What a search came to. Losses are held-out, in nats per token."""
+
     best: Point
     loss: float  # mean over the seeds
-    start_loss: float | None  # coordinate: of where it began
+    start_loss: float | None  # of where it began: coordinate, with all seeds; stages, with the first
     stable: tuple[float, float]  # learning rates within TOLERANCE of the best loss, the rest as at the best
     judgements: tuple[Judgement, ...] = ()
     at_edge: tuple[str, ...] = ()  # what is best at an end of its ladder
+    rungs: tuple[Rung, ...] = ()  # stages: the last ladder, with all seeds where they were run
+    moves: tuple[tuple[str, Point, float], ...] = ()  # stages: stage, point, loss with the first seed
+    effects: tuple[Effect, ...] = ()  # stages: what the fit says of every number
+    spent: float = 0.0  # full runs, by the steps that were done
+    spent_in: dict[str, float] | None = None  # stages: the same by stage
 
 
-def conclude(strategy: Strategy, trials: list[FrozenTrial]) -> Found:
-    results = results_of(trials)
-    points = {t.user_attrs["key"]: t.user_attrs["point"] for t in trials if t.user_attrs.get("key") in results}
-    means = {key: statistics.fmean(losses) for key, losses in results.items()}
-    judgements: tuple[Judgement, ...] = ()
-    start_loss = None
-    if isinstance(strategy, Coordinate):
-        state = strategy.replay(results)
-        best, judgements = state.current, tuple(state.judgements)
-        loss, start_loss = means[key_of(best)], means[key_of(strategy.start)]
+def conclude(strategy: Strategy, trials: list[FrozenTrial], seeds: Sequence[int]) -> Found:
+    """Raises SearchError where every run diverged."""
+    points = points_of(trials)
+    losses = over_seeds(results_of(trials), seeds)
+    means = {key: statistics.fmean(losses[key]) for key in losses}
+    spent = spent_by(trials)
+    if isinstance(strategy, Staged):
+        found = of_course(strategy.course(results_of(trials)), spent)
+    elif isinstance(strategy, Coordinate):
+        state = strategy.replay(results_of(trials))
+        at, begin = means[key_of(state.current)], means[key_of(strategy.start)]
+        stable = stable_region(state.current, at, points, means)
+        found = Found(state.current, at, begin, stable, tuple(state.judgements), spent=spent)
     else:
-        key = min(means, key=lambda key: means[key])
-        best, loss = points[key], means[key]
-    if not math.isfinite(loss):
+        found = of_grid(points, means, spent)
+    if not math.isfinite(found.loss):
         raise SearchError(
-            f"every trial diverged ({len(means)} of them): lower the learning rates (--log2_lrs, or the config's)"
+            f"every trial diverged ({len(trials)} of them): lower the learning rates (--log2_lrs, or the config's)"
         )
+    return found
+
+
+def points_of(trials: Sequence[FrozenTrial]) -> dict[str, Point]:
+    """key → point, of all trials that signed."""
+    return {t.user_attrs["key"]: t.user_attrs["point"] for t in trials if "point" in t.user_attrs}
+
+
+def spent_by(trials: Sequence[FrozenTrial]) -> float:
+    """Full runs that the trials cost, by the steps that were done."""
+    return sum(float(t.user_attrs.get("share", 1.0)) for t in trials if status_of(t) in ENDED)
+
+
+ENDED = ("complete", "diverged", "stopped", "failed")
+
+
+def of_course(course: Course, spent: float) -> Found:
+    """What a staged search came to."""
+    assert course.choice is not None, "a search that is not done"
+    point, losses = course.choice
+    loss = statistics.fmean(losses)
+    rungs = {rung.rate: statistics.fmean(rung.losses) for rung in course.rungs}
+    inside = [rate for rate, mean in rungs.items() if mean <= loss * (1 + TOLERANCE)] or [point["learning_rate"]]
+    return Found(
+        point,
+        loss,
+        start_loss(course),
+        (min(inside), max(inside)),
+        tuple(course.judgements),
+        ("learning_rate",) if course.at_edge else (),
+        rungs=tuple(course.rungs),
+        moves=tuple(course.moves),
+        effects=tuple(course.effects),
+        spent=spent,
+        spent_in=dict(course.spent_in),
+    )
+
+
+def of_grid(points: Mapping[str, Point], means: Mapping[str, float], spent: float) -> Found:
+    """The best of a grid, and whether it is at an end of it."""
+    key = min(means, key=lambda key: means[key])
+    best, loss = points[key], means[key]
     edges: list[str] = []
-    if isinstance(strategy, Grid):
-        for name in ("learning_rate", "init_std"):
-            ladder = {point[name] for point in points.values() if name in point}
-            if len(ladder) > 1 and best.get(name) in (min(ladder), max(ladder)):
-                edges.append(name)
-    return Found(best, loss, start_loss, stable_region(strategy, best, loss, points, means), judgements, tuple(edges))
+    for name in ("learning_rate", "init_std"):
+        ladder = {points[key][name] for key in means if name in points[key]}
+        if len(ladder) > 1 and best.get(name) in (min(ladder), max(ladder)):
+            edges.append(name)
+    stable = stable_region(best, loss, points, means) if math.isfinite(loss) else (0.0, 0.0)
+    return Found(best, loss, None, stable, at_edge=tuple(edges), spent=spent)
 
 
 def without_rate(point: Mapping[str, float]) -> str:
@@ -60,22 +114,15 @@ def without_rate(point: Mapping[str, float]) -> str:
 
 
 def stable_region(
-    strategy: Strategy, best: Point, loss: float, points: Mapping[str, Point], means: Mapping[str, float]
+    best: Point, loss: float, points: Mapping[str, Point], means: Mapping[str, float]
 ) -> tuple[float, float]:
-    """Learning rates around the best one up to the first, on either side, whose loss is more than TOLERANCE above it.
-
-    tpe changes everything at once, so there it is the range of the rates of all points that good.
-    """
-    sampled = isinstance(strategy, Tpe)
+    """Rates around the best one up to the first, on either side, whose loss is more than TOLERANCE above it."""
     rates = sorted(
-        (point["learning_rate"], means[key])
-        for key, point in points.items()
-        if sampled or without_rate(point) == without_rate(best)
+        (points[key]["learning_rate"], mean)
+        for key, mean in means.items()
+        if without_rate(points[key]) == without_rate(best)
     )
     limit = loss * (1 + TOLERANCE)
-    if sampled:
-        good = [rate for rate, loss in rates if loss <= limit]
-        return min(good), max(good)
     at = [rate for rate, _ in rates].index(best["learning_rate"])
     return _edge(rates[at::-1], limit), _edge(rates[at:], limit)
 
@@ -116,15 +163,32 @@ def write_tuned(path: Path, config: Mapping[str, Any], found: Found, command: st
     path.write_text(header + yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
 
 
+def start_loss(course: Course) -> float | None:
+    """Of the point that the search began with, with the first seed; None where it diverged."""
+    first = next(iter(course.results.values()), {})
+    loss = next((result.loss for result in first.values()), math.inf)
+    return loss if math.isfinite(loss) else None
+
+
+def found_record(found: Found) -> dict[str, Any]:
+    """Plain values, for tune.json."""
+    return {
+        **{name: value for name, value in asdict(found).items() if name not in ("rungs", "moves", "effects")},
+        "rungs": [{"rate": rung.rate, "losses": list(rung.losses)} for rung in found.rungs],
+        "effects": [effect._asdict() for effect in found.effects],
+        "moves": [{"stage": stage, "point": point, "loss": loss} for stage, point, loss in found.moves],
+    }
+
+
 def trial_records(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
     """Plain values. `process` numbers the processes that claimed them; the study has their hosts and ids."""
-    kept = ("point", "losses", "worker_deaths", "error")
+    kept = ("point", "seed", "share", "worker_deaths", "error", "failure")
     owners = list(dict.fromkeys(trial.user_attrs.get("owner") for trial in trials))
     return [
         {
             "number": trial.number,
             "status": status_of(trial),
-            "loss": trial.value if trial.values else None,
+            "loss": trial.value if trial.values else trial.user_attrs.get("loss"),
             "seconds": round(trial.duration.total_seconds(), 2) if trial.duration else None,
             "process": owners.index(trial.user_attrs.get("owner")),
             **{name: trial.user_attrs[name] for name in kept if name in trial.user_attrs},
@@ -133,85 +197,47 @@ def trial_records(trials: Sequence[FrozenTrial]) -> list[dict[str, Any]]:
     ]
 
 
-def plot(strategy: Strategy, trials: list[FrozenTrial], found: Found, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, max(4.5, 0.17 * len(found.judgements))), layout="constrained")
-    axes = figure.subplots()
-    if isinstance(strategy, Coordinate):
-        plot_pass(axes, found)
-    else:
-        plot_rates(axes, strategy, trials, found)
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def tables(found: Found, trials: list[FrozenTrial]) -> list[Table]:
+    """What was tried, for a terminal."""
+    shown = [constants_table(found)] if found.judgements else [best_points(trials)]
+    return shown + ([ladder_table(found)] if found.rungs else [])
 
 
-def plot_rates(axes: Any, strategy: Strategy, trials: list[FrozenTrial], found: Found) -> None:
-    """Loss against learning rate, a line for each of the rest; the stable region shaded."""
-    results = results_of(trials)
-    points = {t.user_attrs["key"]: t.user_attrs["point"] for t in trials if t.user_attrs.get("key") in results}
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for key, point in points.items():
-        name = "" if isinstance(strategy, Tpe) else without_rate(point)
-        lines.setdefault(name, []).append((point["learning_rate"], statistics.fmean(results[key])))
-    draw_rates(axes, lines, found, sampled=isinstance(strategy, Tpe))
+def constants_table(found: Found) -> Table:
+    """Every constant that was tried, what it gained and would have had to."""
+    table = Table("change", "gain", "needed", "seeds", "", title="Constants that were tried (nats per token)")
+    for j in found.judgements:
+        gain = f"{j.gain:+.4f}" if math.isfinite(j.gain) else "worse" if j.gain < 0 else "no longer diverges"
+        mark = "[bold green]kept[/]" if j.accepted else ""
+        needed = f"{j.needed:.4f}" if len(j.gains) > 1 else ""
+        table.add_row(f"{j.coordinate} ×{j.factor:g}", gain, needed, str(len(j.gains)), mark)
+    return table
 
 
-def draw_rates(axes: Any, lines: Mapping[str, Sequence[tuple[float, float]]], found: Found, *, sampled: bool) -> None:
-    """`lines`: what is the same along one → (learning rate, mean loss); `sampled` points are on no line."""
-    losses = [loss for line in lines.values() for _, loss in line if math.isfinite(loss)]
-    top = max(losses)
-    best_first = sorted(lines, key=lambda name: min(loss for _, loss in lines[name]))
-    for rank, name in enumerate(best_first):
-        runs = sorted((rate, loss) for rate, loss in lines[name] if math.isfinite(loss))
-        gone = sorted(rate for rate, loss in lines[name] if not math.isfinite(loss))
-        colour = f"C{rank}" if rank < 8 else "0.8"
-        style = "o" if sampled else "o-"
-        label = (name or ("trials" if sampled else "config's own")) if rank < 8 else None
-        if runs:
-            axes.plot(*zip(*runs), style, color=colour, markersize=4, label=label)
-        if gone:
-            axes.plot(gone, [top] * len(gone), "x", color=colour, label="diverged" if rank == 0 else None)
-    axes.plot(found.best["learning_rate"], found.loss, "*", color="C0", markersize=14, zorder=3)
-    axes.axvspan(*found.stable, color="tab:green", alpha=0.15, label=f"within {TOLERANCE:.0%} of the best")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="learning rate", ylabel="validation loss (nats per token)")
-    axes.legend(fontsize="small")
+def ladder_table(found: Found) -> Table:
+    """The last ladder: how stable training is above the chosen rate."""
+    table = Table("learning rate", "loss", "", title="Around the chosen rate (nats per token)")
+    chosen = found.best["learning_rate"]
+    for rung in found.rungs:
+        factor = rung.rate / chosen
+        loss = statistics.fmean(rung.losses)
+        worse = "" if factor == 1 else "diverged" if not math.isfinite(loss) else f"{loss / found.loss - 1:+.2%}"
+        table.add_row(f"2^{math.log2(rung.rate):.2f} (×{factor:g})", f"{loss:.4f}", worse)
+    return table
 
 
-def plot_pass(axes: Any, found: Found) -> None:
-    """What every change that was tried gained, seed by seed, and what it would have had to gain."""
-    shown_as = [f"{j.coordinate} ×{j.factor:g}" for j in found.judgements]
-    for i, judgement in enumerate(found.judgements):
-        finite_gains = [gain for gain in judgement.gains if math.isfinite(gain)]
-        colour = "tab:green" if judgement.accepted else "0.5"
-        if finite_gains:
-            axes.plot(finite_gains, [i] * len(finite_gains), ".", color=colour)
-            axes.plot(judgement.gain, i, "|", color=colour, markersize=12)
-            axes.plot(judgement.needed, i, "|", color="tab:red", markersize=8, alpha=0.5)
-        else:
-            axes.plot(0, i, "x", color=colour)
-    axes.axvspan(-TOLERANCE * found.loss, 0, color="tab:green", alpha=0.15, label=f"loss within {TOLERANCE:.0%}")
-    axes.set_yticks(range(len(shown_as)), shown_as, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xscale("symlog", linthresh=max(0.01, TOLERANCE * found.loss))
-    axes.set(xlabel="gain in validation loss, each seed (red: what the mean had to exceed; × diverged)")
-    axes.legend(fontsize="small")
-
-
-def tables(found: Found, trials: list[FrozenTrial]) -> Table:
-    if found.judgements:
-        table = Table("change", "gain", "needed", "", title="One pass over the constants (nats per token)")
-        for j in found.judgements:
-            gain = f"{j.gain:+.4f}" if math.isfinite(j.gain) else "diverged" if j.gain < 0 else "no longer diverges"
-            mark = "[bold green]accepted[/]" if j.accepted else ""
-            table.add_row(f"{j.coordinate} ×{j.factor:g}", gain, f"{j.needed:.4f}", mark)
-        return table
-    table = Table("learning rate", "rest", "loss", "seeds", title="The best ten trials (nats per token)")
-    complete = sorted((t for t in trials if status_of(t) == "complete"), key=lambda t: t.value or math.inf)
-    for trial in complete[:10]:
-        point = trial.user_attrs["point"]
-        losses = " ".join(f"{loss:.3f}" for loss in trial.user_attrs["losses"].values())
-        rate = f"2^{math.log2(point['learning_rate']):.2f}"
-        table.add_row(rate, without_rate(point) or "config's own", f"{trial.value:.4f}", losses)
+def best_points(trials: Sequence[FrozenTrial]) -> Table:
+    """The ten best points."""
+    table = Table("learning rate", "rest", "loss", "seeds", title="The best ten points (nats per token)")
+    results, points = results_of(trials), points_of(trials)
+    finite = {
+        key: [result.loss for _, result in sorted(of_seed.items())]
+        for key, of_seed in results.items()
+        if all(math.isfinite(result.loss) for result in of_seed.values())
+    }
+    for key in sorted(finite, key=lambda key: statistics.fmean(finite[key]))[:10]:
+        rate = f"2^{math.log2(points[key]['learning_rate']):.2f}"
+        losses = " ".join(f"{loss:.3f}" for loss in finite[key])
+        rest = without_rate(points[key]) or "config's own"
+        table.add_row(rate, rest, f"{statistics.fmean(finite[key]):.4f}", losses)
     return table

@@ -6,14 +6,16 @@ import json
 import sys
 from pathlib import Path
 
-from moe_param.tuning.search import Grid, Search, SearchError, open_study, storage_errors
+from moe_param.tuning.search import Search
+from moe_param.tuning.strategies import Grid
+from moe_param.tuning.study import SearchError, open_study, storage_errors
 from tests.tuning.surfaces import Bowl
 
 RATES = tuple(2.0**k for k in range(-11, -3))
 
 
-def grid() -> Grid:
-    return Grid(tuple({"learning_rate": rate} for rate in RATES))
+def grid(*seeds: int) -> Grid:
+    return Grid(tuple({"learning_rate": rate} for rate in RATES), seeds or (0,))
 
 
 if __name__ == "__main__":
@@ -23,6 +25,6 @@ if __name__ == "__main__":
     try:
         study = open_study(url, name, {})
         with storage_errors(url):
-            Search(study, grid(), Bowl(**values), (0,), heartbeat=0.2, grace=300.0).run()
+            Search(study, grid(), Bowl(**values), heartbeat=0.2, grace=300.0).run()
     except SearchError as error:
         sys.exit(f"search: {error}")

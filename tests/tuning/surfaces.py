@@ -28,6 +28,8 @@ class Bowl:
     seconds: float = 0.0
     salt: int = 0  # for other noise
     raises_at: float | None = None  # learning rate
+    fails_above: float = math.inf  # learning rate: the run says that it failed
+    looks: int = 0  # times that a run says how it goes
 
     def __call__(self, point: dict[str, float], seed: int, watch: Watch) -> Answer:
         if self.log:
@@ -36,7 +38,7 @@ class Bowl:
         rate = point["learning_rate"]
         if rate == self.raises_at:
             raise RuntimeError("out of memory")
-        time.sleep(self.seconds)
+        time.sleep(0 if self.looks else self.seconds)
         if self.folder:
             (self.folder / f"process-{os.getppid()}").write_text(str(os.getpid()))
             while len(list(self.folder.glob("process-*"))) < self.wait_for:
@@ -47,8 +49,15 @@ class Bowl:
                 except FileExistsError:
                     continue
                 os.kill(os.getpid(), signal.SIGKILL)
+        if rate > self.fails_above:
+            return Answer(math.inf, 0.1, failure="out of memory")
         if rate > self.diverges_above:
             return Answer(math.nan)
+        for look in range(1, self.looks + 1):
+            share = look / self.looks
+            time.sleep(self.seconds / self.looks)
+            if not watch(share, self.loss(point, seed) + 1 - share) and share < 1:
+                return Answer(self.loss(point, seed) + 1 - share, share, stopped=True)
         return Answer(self.loss(point, seed))
 
     def loss(self, point: dict[str, float], seed: int) -> float:

@@ -211,11 +211,16 @@ def test_the_file_s_null_is_the_record_s_infinity() -> None:
 
 def test_keys_of_later_records_have_sections_and_unknown_ones_do_no_harm() -> None:
     record = search(20)
-    record["stages"] = [{"name": "rate and std", "runs": 40, "best": 1.93}, {"name": "constants", "runs": 31}]
-    record["budget"] = {"flops": 1.5e15, "share_of_target": 0.04}
+    point = record["trials"][0]["point"]
+    record["best"] |= {
+        "moves": [{"stage": "zoom", "point": point, "loss": 2.0}],
+        "spent_in": {"zoom": 11.5, "constants": 31.0},
+        "effects": [{"name": "router.lr", "octaves": -2.0, "gain": 0.0123, "error": 0.004}],
+        "rungs": [{"rate": 2 * point["learning_rate"], "losses": [2.5, None]}],
+    }
     record["best"]["of_tomorrow"], record["tomorrow"] = 1, {"a": [1]}
     text = Reader(html(tune_page(record))).text
-    assert "rate and std" in text and "share of target" in text
+    assert "31.0" in text and "+1.23% ± 0.40%" in text and "2.5000" in text
     record = read("recipes/evidence/transfer/results/width/transfer.json")
     record["costs"] = [costs(20).to_dict(), costs(None).to_dict()]
     record["summary"][0] |= {"transferred": "undecided", "why": "more --seeds would tell", "regret_interval": [0, 0.03]}

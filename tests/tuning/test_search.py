@@ -17,18 +17,12 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from moe_param.tuning.constants import Losses, Point, coordinate_pass, key_of
-from moe_param.tuning.search import (
-    Coordinate,
-    Grid,
-    Search,
-    SearchError,
-    Strategy,
-    Tpe,
-    open_study,
-    results_of,
-    status_of,
-)
+from moe_param.tuning.constants import coordinate_pass
+from moe_param.tuning.points import Losses, Point, key_of
+from moe_param.tuning.search import Search
+from moe_param.tuning.stages import sampled
+from moe_param.tuning.strategies import Coordinate, Grid, Staged, Strategy, Wanted
+from moe_param.tuning.study import SearchError, open_study, results_of, status_of
 from tests.tuning.postgres import postgres, postgres_programs
 from tests.tuning.search_process import RATES, grid
 from tests.tuning.surfaces import Bowl
@@ -43,7 +37,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def search(url: str, name: str, strategy: Strategy, bowl: Bowl, **options: Any) -> list[FrozenTrial]:
-    options = {"seeds": (0,), "workers": 2, "heartbeat": 0.2, "grace": 30.0, **options}
+    options = {"workers": 2, "heartbeat": 0.2, "grace": 30.0, **options}
     return Search(open_study(url, name, options.pop("settings", {})), strategy, bowl, **options).run()
 
 
@@ -130,32 +124,34 @@ def test_pass_asks_for_what_it_needs_first_and_looks_ahead() -> None:
 def test_killed_workers(url: str, tmp_path: Path) -> None:
     """One worker is killed once, one point kills every worker, one diverges: all are accounted for."""
     bowl = Bowl(kills={RATES[1]: 1, RATES[3]: 99}, folder=tmp_path, diverges_above=RATES[6], log=tmp_path / "log")
-    trials = search(url, "killed", grid(), bowl, seeds=(0, 1))
-    by_rate = {trial.user_attrs["point"]["learning_rate"]: trial for trial in trials}
-    assert sorted(by_rate) == list(RATES) and len(trials) == len(RATES)
-    assert statuses(trials) == {"complete": 6, "diverged": 1, "gave up": 1}
+    trials = search(url, "killed", grid(0, 1), bowl)
+    by_rate = {(trial.user_attrs["point"]["learning_rate"], trial.user_attrs["seed"]): trial for trial in trials}
+    both = [(rate, seed) for rate in RATES for seed in (0, 1)]
+    # one seed that diverged, or was given up, decides: the other is not trained
+    assert sorted(by_rate) == [run for run in both if run not in ((RATES[3], 1), (RATES[7], 1))]
+    assert len(trials) == len(by_rate)
+    assert statuses(trials) == {"complete": 12, "diverged": 1, "gave up": 1}
     assert all(trial.state.is_finished() for trial in trials)
-    assert by_rate[RATES[1]].user_attrs["worker_deaths"] == 1 and status_of(by_rate[RATES[1]]) == "complete"
-    assert by_rate[RATES[3]].user_attrs["worker_deaths"] == 3 and status_of(by_rate[RATES[3]]) == "gave up"
-    assert by_rate[RATES[7]].state == TrialState.COMPLETE and by_rate[RATES[7]].value == math.inf
+    assert by_rate[RATES[1], 0].user_attrs["worker_deaths"] == 1 and status_of(by_rate[RATES[1], 0]) == "complete"
+    assert by_rate[RATES[3], 0].user_attrs["worker_deaths"] == 3 and status_of(by_rate[RATES[3], 0]) == "gave up"
+    assert by_rate[RATES[7], 0].state == TrialState.COMPLETE and by_rate[RATES[7], 0].value == math.inf
     for rate in RATES[:3]:
-        losses = [bowl.loss({"learning_rate": rate}, seed) for seed in (0, 1)]
-        assert by_rate[rate].user_attrs["losses"] == pytest.approx({"0": losses[0], "1": losses[1]})
-        assert by_rate[rate].value == pytest.approx(sum(losses) / 2)
+        for seed in (0, 1):
+            assert by_rate[rate, seed].value == pytest.approx(bowl.loss({"learning_rate": rate}, seed))
     results = results_of(trials)
     assert set(results) == {key_of(point) for point in grid().points}
-    assert results[key_of({"learning_rate": RATES[3]})] == (math.inf,)
+    assert results[key_of({"learning_rate": RATES[3]})][0].loss == math.inf
 
 
 def test_resume_repeats_nothing(url: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    first = Grid(grid().points[:3])
-    search(url, "resumed", first, Bowl(log=log), seeds=(0, 1))
+    first = Grid(grid().points[:3], (0, 1))
+    search(url, "resumed", first, Bowl(log=log))
     assert len(log.read_text().splitlines()) == 6
-    trials = search(url, "resumed", grid(), Bowl(log=log), seeds=(0, 1))
+    trials = search(url, "resumed", grid(0, 1), Bowl(log=log))
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2 * len(RATES)
-    assert statuses(trials) == {"complete": len(RATES)}
+    assert statuses(trials) == {"complete": 2 * len(RATES)}
 
 
 def test_failure_stops_the_search_and_is_tried_again(url: str) -> None:
@@ -208,40 +204,49 @@ def test_killed_machine(tmp_path: Path) -> None:
 def test_two_machines_want_the_same_point(url: str) -> None:
     """Both saw it free: the one that comes first in the storage keeps it, whoever looks first."""
     point = grid().points[0]
-    first, second = (Search(open_study(url, "race", {}), grid(), Bowl(), (0,)) for _ in range(2))
-    first._claim_point(key_of(point), point)
-    second._claim_point(key_of(point), point)
+    first, second = (Search(open_study(url, "race", {}), grid(), Bowl()) for _ in range(2))
+    first._claim_point(Wanted(point, 0), point)
+    second._claim_point(Wanted(point, 0), point)
     assert [status_of(trial) for trial in first.study.get_trials()] == ["running", "duplicate"]
     assert first._queue and not second._queue
     assert second._claim() and second.study.get_trials()[-1].user_attrs["point"] == grid().points[1]
 
 
-def test_tpe(url: str) -> None:
+@pytest.mark.parametrize("name", ["tpe", "gp", "cmaes"])
+def test_samplers(url: str, name: str) -> None:
+    """They stay within their ranges, learn where to look, go on after an interruption; the best get all seeds."""
     ranges = {"learning_rate": (2.0**-12, 2.0**-2), "router.lr": (1 / 64, 64.0)}
-    strategy = Tpe(ranges, {"init_std": 0.5}, trials=14)
     bowl = Bowl({"init_std": 0.5}, diverges_above=2.0**-3)
-    trials = search(url, "tpe", strategy, bowl, workers=1)
-    assert len(trials) == 14 and set(statuses(trials)) <= {"complete", "diverged"}
-    for trial in trials:
+
+    def strategy(count: int) -> Staged:
+        return Staged(sampled(count, (0, 1)), 40, name, ranges, {"init_std": 0.5})
+
+    trials = search(url, name, strategy(16), bowl, workers=1)
+    samples, finals = trials[:16], trials[16:]
+    for trial in samples:
         point = trial.user_attrs["point"]
         assert point["init_std"] == 0.5 and all(low <= point[n] <= high for n, (low, high) in ranges.items())
-    assert len({key_of(trial.user_attrs["point"]) for trial in trials}) == 14
-    early, late = ([t.value for t in part if status_of(t) == "complete"] for part in (trials[:10], trials[10:]))
-    assert min(late) < sorted(early)[len(early) // 2]  # it learns where to look
-    for count in (2, 4):  # the same points again, though stopped in between
-        again = search(url, "tpe again", Tpe(ranges, {"init_std": 0.5}, count), bowl, workers=1)
-    assert [t.user_attrs["point"] for t in again] == [t.user_attrs["point"] for t in trials[:4]]
+        assert trial.user_attrs["seed"] == 0
+    assert len({key_of(trial.user_attrs["point"]) for trial in samples}) == 16
+    early, late = ([t.value for t in part if status_of(t) == "complete"] for part in (samples[:10], samples[10:]))
+    assert min(late) < sorted(early)[len(early) // 2]
+    course = strategy(16).course(results_of(trials))
+    assert course.choice and not course.wanted and {t.user_attrs["seed"] for t in finals} == {0, 1}
+    finalists = sorted(samples, key=lambda t: math.inf if t.value is None else t.value)[:3]
+    routers = {t.user_attrs["point"].get("router.lr", 1.0) for t in finalists}
+    assert course.choice.point.get("router.lr", 1.0) in routers  # of the ladder only the rate is another
 
 
 def test_coordinate_search_by_workers(url: str) -> None:
     """The whole mode, workers looking ahead: a constant that is 16 times too large is found, nothing else moves."""
     bowl = Bowl(noise=0.005)
     strategy = Coordinate({"learning_rate": 2.0**-7, "router.lr": 16.0}, ("embedding.init", "router.lr", "norm.lr"))
-    trials = search(url, "coordinate", strategy, bowl, seeds=(0, 1, 2))
+    trials = search(url, "coordinate", strategy, bowl)
     state = strategy.replay(results_of(trials))
     assert state.current == {"learning_rate": 2.0**-7} and not state.wanted
     assert all(trial.state.is_finished() for trial in trials)
-    assert Counter(t.user_attrs["key"] for t in trials if t.state == TrialState.COMPLETE).most_common(1)[0][1] == 1
+    runs = Counter((t.user_attrs["key"], t.user_attrs["seed"]) for t in trials if t.state == TrialState.COMPLETE)
+    assert runs.most_common(1)[0][1] == 1
 
 
 # -- storages ------------------------------------------------------------------------------------------------------

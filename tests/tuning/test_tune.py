@@ -21,10 +21,10 @@ from moe_param.folder_lock import folder_lock
 from moe_param.training.arguments import build_configs, parse
 from moe_param.tuned import read_tuned
 from moe_param.tuning.base import overrides_of, read_base
-from moe_param.tuning.constants import key_of
-from moe_param.tuning.search import SearchError
+from moe_param.tuning.points import key_of
 from moe_param.tuning.short_run import train
-from moe_param.tuning.tune import strategy_of, tune
+from moe_param.tuning.study import SearchError
+from moe_param.tuning.tune import run_tune, strategy_of
 from moe_param.tuning.workers import Answer, Watch
 from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.tuning.surfaces import Bowl
@@ -57,7 +57,7 @@ def written(path: Path, **changes: Any) -> str:
 
 def run(config: str, output: Path, *flags: str, evaluate: Any = None) -> dict[str, Any]:
     argv = [config, "--output_dir", str(output), "--heartbeat", "0.2", "--grace", "30", *flags]
-    return tune(*read(argv), command=command_of(argv, None), evaluate=evaluate)
+    return run_tune(*read(argv), command=command_of(argv, None), evaluate=evaluate)
 
 
 def best(output: Path) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def test_real_training(config: str, tmp_path: Path) -> None:
         point = trial["point"]
         assert point == {"init_std": 0.05, "learning_rate": point["learning_rate"], "router.init": 4.0}
         there = replace(base.run, lr=point["learning_rate"], init_std=0.05, constants={"router": {"init": 4.0}}, seed=0)
-        assert trial["losses"]["0"] == pytest.approx(train(there).validation_loss, rel=1e-6)
+        assert trial["loss"] == pytest.approx(train(there).validation_loss, rel=1e-6)
     assert record["trials"][0]["loss"] != record["trials"][1]["loss"]
     assert train(replace(base.run, lr=point["learning_rate"])).validation_loss != trial["loss"]  # the constants matter
 
@@ -100,12 +100,12 @@ def test_grid(config: str, tmp_path: Path) -> None:
     bowl = Bowl({"learning_rate": 2.0**-6, "init_std": 0.04}, diverges_above=2.0**-4.2, log=tmp_path / "log")
     flags = ["--init_stds", "0.02", "0.04", "--seeds", "0", "1", "--workers", "2", "--log2_lrs"]
     record = run(config, output, *flags, "-8", "-7", "-6", evaluate=bowl)
-    assert record["best"]["at_edge"] == ("learning_rate", "init_std")
+    assert record["best"]["at_edge"] == ["learning_rate", "init_std"]
     record = run(config, output, *flags, *(f"{x / 2:g}" for x in range(-16, -7)), evaluate=bowl)
-    assert record["best"]["at_edge"] == ("init_std",)
-    assert record["statuses"] == {"complete": 16, "diverged": 2}  # the six of before among them
+    assert record["best"]["at_edge"] == ["init_std"]
+    assert record["statuses"] == {"complete": 32, "diverged": 2}  # the twelve of before among them
     lines = (tmp_path / "log").read_text().splitlines()
-    assert 16 * 2 + 2 <= len(lines) <= 16 * 2 + 4  # no run twice; a diverged seed can spare the other
+    assert len(lines) == 16 * 2 + 2  # no run twice; a diverged seed spares the other
     numbers = best(output)
     assert (numbers["learning_rate"], numbers["init_std"]) == (2.0**-6, 0.04) and "constants" not in numbers
     low, high = (math.log2(rate) for rate in record["best"]["stable"])
@@ -142,7 +142,7 @@ def test_coordinate(tmp_path: Path) -> None:
 def test_tpe(config: str, tmp_path: Path) -> None:
     flags = ["--mode", "tpe", "--trials", "4", "--log2_lrs", "-9", "-5", "--seeds", "0", "--workers", "1"]
     record = run(config, tmp_path / "out", *flags, evaluate=Bowl())
-    assert record["statuses"] == {"complete": 4}
+    assert record["statuses"]["complete"] >= 4
     assert 2.0**-9 <= best(tmp_path / "out")["learning_rate"] <= 2.0**-5
     assert (tmp_path / "out" / "tune.png").exists()
 
@@ -169,7 +169,7 @@ def test_password_is_not_written_down() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mode", "gird"], "mode is 'gird': expected one of grid, tpe, coordinate"),
+        (["--mode", "gird"], "mode is 'gird': expected one of stages, grid, tpe, gp, cmaes, coordinate"),
         (["--ladders", '{"rooter": {"lr": [1, 4]}}'], "ladders: no role 'rooter' in this model .did you mean 'router'"),
         (["--ladders", '{"shared_up": {"lr": [1, 4]}}'], "ladders: no role 'shared_up' in this model"),
         (["--ladders", '{"router": {"lr": []}}'], r"router.lr is \[\]: an empty ladder"),
@@ -182,6 +182,13 @@ def test_password_is_not_written_down() -> None:
         (["--mode", "coordinate", "--log2_lrs", "-7"], "log2_lrs is not for mode coordinate"),
         (["--mode", "tpe", "--log2_lrs", "-7"], "nothing to search"),
         (["--seeds", "0", "0"], "the same seed twice"),
+        (["--budget", "many"], "budget is 'many': expected a number of runs, 60, or a share of a target run, 25%"),
+        (["--budget", "9"], "a budget of 9 runs is too small for the stages: 21 at least with 3 seeds"),
+        (["--mode", "gp", "--budget", "9"], "a budget of 9 runs is too small for mode gp: 20 at least"),
+        (["--budget", "60", "--mode", "grid"], "budget is not for mode grid"),
+        (["--start", "papr"], "start is 'papr': expected one of config, paper"),
+        (["--trials", "4"], "trials is not for mode stages"),
+        (["--roles", "rooter"], "roles: no role 'rooter'"),
         (["--log2_lrs", "0.0078125"], r"log2_lrs: 0.0078125 would be a learning rate of .*did you mean -7\?"),
         (["--log2_lrs", "nan"], "log2_lrs: nan is no power of 2"),
         (["--log2_lrs", "-2000"], "log2_lrs: -2000 is no power of 2"),

@@ -1,0 +1,62 @@
+"""The words of a search: points, runs, results."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+Point = dict[str, float]
+"""`learning_rate`, `init_std` and constants as `router.lr`; what is not in it is the base's own (constants: 1)."""
+
+Losses = tuple[float, ...]
+"""One loss per seed, always in the same order; inf where a run diverged."""
+
+
+class Result(NamedTuple):
+    """What a run came to: held-out loss (nats per token; inf where it diverged, failed or was stopped), the share of
+    its steps that were done, and of a stopped run what it would have come to, had it stayed as far behind as it was."""
+
+    loss: float
+    share: float = 1.0
+    if_continued: float | None = None
+
+    @property
+    def guess(self) -> float:
+        """The loss, or what it would have been."""
+        return self.loss if self.if_continued is None else self.if_continued
+
+
+Results = Mapping[str, Mapping[int, Result]]
+"""key of a point → seed → result."""
+
+
+def canonical(point: Mapping[str, float]) -> Point:
+    """Sorted, without constants of 1, rounded so that ×4 and then ×1/4 is the point one started from."""
+    rounded = {name: float(f"{value:.9g}") for name, value in sorted(point.items())}
+    return {name: value for name, value in rounded.items() if "." not in name or value != 1.0}
+
+
+def key_of(point: Mapping[str, float]) -> str:
+    return " ".join(f"{name}={value:.9g}" for name, value in canonical(point).items())
+
+
+def moved(point: Point, name: str, factor: float) -> Point:
+    return canonical({**point, name: point.get(name, 1.0) * factor})
+
+
+def over_seeds(results: Results, seeds: Sequence[int]) -> dict[str, Losses]:
+    """The losses of every point that is decided: all its seeds are known, or one of them diverged, which decides."""
+    found: dict[str, Losses] = {}
+    for key, of_seed in results.items():
+        if any(seed in of_seed and of_seed[seed].loss == math.inf for seed in seeds):
+            found[key] = (math.inf,)
+        elif all(seed in of_seed for seed in seeds):
+            found[key] = tuple(of_seed[seed].loss for seed in seeds)
+    return found
+
+
+def mean_loss(results: Results, key: str) -> float:
+    """Over the seeds that are known."""
+    return statistics.fmean(result.loss for result in results[key].values())

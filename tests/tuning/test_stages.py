@@ -1,0 +1,216 @@
+"""The staged search on losses that cost nothing: what it finds, what it takes for noise, what it spends."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_param.tuning import stages, surface
+from moe_param.tuning.constants import Judgement
+from moe_param.tuning.points import Point, Result, key_of, moved
+from moe_param.tuning.search import Search, hopeless
+from moe_param.tuning.stages import Course, Plan, least_budget, off_the_cliff, replay, staged
+from moe_param.tuning.strategies import Staged
+from moe_param.tuning.study import SearchError, open_study, results_of, status_of
+from tests.tuning.surfaces import Bowl
+
+ROLES = ("embedding", "attention_in", "attention_out", "router", "expert_up", "expert_down", "unembedding")
+NAMES = (*(f"{role}.{kind}" for role in ROLES for kind in ("init", "lr")), "norm.lr")
+START = {"learning_rate": 2.0**-7, "init_std": 0.02}
+PLANTED = {
+    **{"init_std": 0.06, "learning_rate": 2.0**-5, "router.lr": 0.25, "embedding.lr": 4.0},
+    **{"expert_down.init": 1 / 16, "unembedding.init": 4.0},
+}
+
+
+def drive(plan: Plan, bowl: Bowl) -> Course:
+    """The plan's end: each time all that it wants is trained."""
+    results: dict[str, dict[int, Result]] = {}
+    while (course := replay(plan, results)).wanted:
+        for point, seed, _ in course.wanted:
+            assert point is not None
+            diverged = point["learning_rate"] > bowl.diverges_above
+            loss = math.inf if diverged else bowl.loss(point, seed)
+            results.setdefault(key_of(point), {}).setdefault(seed, Result(loss))
+    return course
+
+
+def found(bowl: Bowl, start: Point = START, seeds: Sequence[int] = (0, 1, 2), budget: float = 90.0) -> Course:
+    return drive(staged(start, NAMES, seeds, budget), bowl)
+
+
+def without_noise(bowl: Bowl, point: Point) -> float:
+    return replace(bowl, noise=0.0).loss(point, 0)
+
+
+def test_planted_numbers_are_found() -> None:
+    """From 0.7 nats above, with noise as large as the demo's, to within a few hundredths of what can be reached."""
+    bowl = Bowl(PLANTED, noise=0.02)
+    course = found(bowl)
+    assert course.choice is not None
+    floor, start = (without_noise(bowl, point) for point in (PLANTED, START))
+    assert start - floor > 0.6 and without_noise(bowl, course.choice.point) - floor < 0.1
+    assert course.spent <= 90 and not course.at_edge and sum(course.spent_in.values()) == course.spent
+    effects = {effect.name: effect for effect in course.effects}
+    assert effects["expert_down.init"].octaves == pytest.approx(-4, abs=1.5)
+    assert effects["expert_down.init"].gain > 3 * effects["expert_down.init"].error
+    assert abs(effects["norm.lr"].octaves) < 1
+    [judgement] = course.judgements
+    assert judgement.accepted and judgement.gain > judgement.needed > 0
+
+
+def test_one_at_a_time_finds_less_for_as_many_runs() -> None:
+    """The reason for moving all numbers at once, on ten surfaces: a pass with one seed, cut off at as many runs."""
+
+    def one_at_a_time(bowl: Bowl, current: Point, runs: int) -> Point:
+        best = bowl.loss(current, 0)
+        for name in NAMES:
+            for factor in (4.0, 0.25):
+                if (runs := runs - 1) < 0:
+                    return current
+                point = moved(current, name, factor)
+                if (loss := bowl.loss(point, 0)) < best:
+                    best, current = loss, point
+                    break
+        return current
+
+    ours, theirs = [], []
+    for salt in range(10):
+        chance = random.Random(salt)
+        bottom = {**PLANTED, **{name: 2.0 ** chance.gauss(0, 1) for name in NAMES}}
+        bowl = Bowl(bottom, noise=0.03, salt=salt, curvature=0.01)
+        course = found(bowl, budget=60)
+        assert course.choice is not None
+        zoomed = next(point for stage, point, _ in reversed(course.moves) if stage == "zoom")
+        ours.append(without_noise(bowl, course.choice.point))
+        theirs.append(without_noise(bowl, one_at_a_time(bowl, zoomed, 60 - 10)))
+    assert statistics.fmean(ours) < statistics.fmean(theirs) - 0.02
+
+
+def test_noise_is_not_taken_for_constants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a flat surface they are kept about once in twenty; without prior and test over the seeds they always are."""
+
+    def kept(salt: int) -> bool:
+        course = found(Bowl({"init_std": 0.02}, noise=0.01, curvature=0.0, salt=salt), budget=45)
+        assert course.choice is not None
+        return any("." in name for name in course.choice.point)
+
+    assert sum(map(kept, range(40))) <= 6  # 2 are to be expected; 7 would have a chance of 0.4%
+    monkeypatch.setattr(stages, "judge", lambda point, gains: Judgement("", 1.0, point, gains, 0.0, 0.0, True))
+    for name, value in {"SLOPE": 1.0, "CURVATURE": 1e-4, "CURVATURE_SPREAD": 1e-3, "NOISE": 1e-3}.items():
+        monkeypatch.setattr(surface, name, value)
+    assert sum(map(kept, range(10))) >= 8
+
+
+def test_a_larger_budget_goes_on() -> None:
+    bowl = Bowl(PLANTED, noise=0.01)
+    spent = []
+    for budget in (least_budget(NAMES, (0, 1, 2)), 30, 60, 90):
+        course = found(bowl, budget=budget)
+        assert course.spent <= budget and course.choice is not None
+        spent.append(course.spent)
+    assert spent == sorted(spent)
+    results: dict[str, dict[int, Result]] = {}
+    counts = []
+    for budget in (40, 52):  # with the first one's results at hand the second trains what is new alone
+        plan, trained = staged(START, NAMES, (0,), budget), 0
+        while (course := replay(plan, results)).wanted:
+            for point, seed, _ in course.wanted:
+                assert point is not None
+                trained += seed not in results.setdefault(key_of(point), {})
+                results[key_of(point)][seed] = Result(bowl.loss(point, seed))
+        counts.append(trained)
+    assert counts[0] <= 40 and counts[1] <= 24
+
+
+def test_from_a_start_that_diverges() -> None:
+    bowl = Bowl({"init_std": 0.02, "learning_rate": 2.0**-11}, diverges_above=2.0**-10)
+    course = found(bowl, {**START, "learning_rate": 1.0})
+    assert course.choice is not None and math.isfinite(statistics.fmean(course.choice.losses))
+    assert course.choice.point["learning_rate"] <= 2.0**-10
+
+
+def test_the_fit_is_that_of_a_quadratic() -> None:
+    """Without noise, with the prior of no weight: the slopes and curvatures that made the losses."""
+    chance = np.random.default_rng(0)
+    slope, curvature = chance.normal(size=5) * 0.02, 0.01 + chance.random(5) * 0.01
+    offsets = list(chance.normal(size=(40, 5)))
+    seeds = [i % 2 for i in range(40)]
+    losses = [math.exp(0.5 + 0.1 * seed + slope @ x + curvature @ x**2) for x, seed in zip(offsets, seeds)]
+    wide = {"SLOPE": 1e3, "CURVATURE_SPREAD": 1e3, "NOISE": 1e-3}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in wide.items():
+            patch.setattr(surface, name, value)
+        quadratic = surface.fit(offsets, losses, seeds)
+    np.testing.assert_allclose(quadratic.slope, slope, atol=1e-8)
+    np.testing.assert_allclose(quadratic.curvature, curvature, atol=1e-8)
+    lowest = quadratic.lowest(np.zeros(5), np.full(5, 100.0))
+    np.testing.assert_allclose(lowest, -slope / (2 * curvature), atol=1e-6)
+    gain, _ = quadratic.gain(lowest)
+    np.testing.assert_allclose(gain, slope**2 / (4 * curvature), atol=1e-8)
+
+
+@pytest.mark.parametrize("numbers", [2, 7, 20, 40])
+def test_patterns_are_balanced(numbers: int) -> None:
+    """Every number goes up and down about as often, and no two of them always together."""
+    signs = np.concatenate([surface.pattern(numbers, batch) for batch in range(4)])
+    assert signs.shape == (4 * surface.BATCH, numbers) and set(np.unique(signs)) == {-1.0, 1.0}
+    assert np.abs(signs.mean(0)).max() < 0.45
+    assert np.abs(np.corrcoef(signs.T) - np.eye(numbers)).max() < 0.7
+
+
+@pytest.mark.parametrize(
+    ("means", "chosen"),
+    [
+        ({0.5: 2.0, 1: 1.9, 2: 2.0}, 1),  # steep on both sides: the best
+        ({0.5: 1.903, 1: 1.9, 2: 1.95}, 0.5),  # as good, and off the cliff
+        ({0.5: 1.903, 1: 1.9, 2: math.inf}, 0.5),
+        ({0.5: 1.903, 1: 1.9, 2: 1.91}, 1),  # no cliff
+        ({0.5: 1.91, 1: 1.9, 2: math.inf}, 1),  # not as good
+    ],
+)
+def test_a_rate_at_a_cliff_is_left_for_a_lower_one_that_is_as_good(means: dict[float, float], chosen: float) -> None:
+    assert off_the_cliff(1, means) == chosen
+
+
+# -- runs that are stopped, or fail -----------------------------------------------------------------------------------
+def test_hopeless_is_compared_at_the_same_step() -> None:
+    rival = {0.25: 3.0, 0.5: 2.5, 1.0: 2.0}
+    assert not hopeless({0.25: 9.0}, rival)  # too early to say
+    assert hopeless({0.25: 3.0, 0.5: 2.6}, rival)
+    assert not hopeless({0.25: 9.0, 0.5: 2.55}, rival)
+    assert not hopeless({0.6: 9.0}, rival)  # the rival said nothing there
+    assert not hopeless({}, rival) and not hopeless({0.5: 9.0}, {})
+
+
+def test_hopeless_runs_are_stopped_and_the_choice_is_the_same(tmp_path: Path) -> None:
+    def search(name: str, looks: int) -> tuple[Course, float]:
+        bowl = Bowl({"learning_rate": 2.0**-5, "init_std": 0.06}, noise=0.003, curvature=0.05, looks=looks, seconds=0.2)
+        plan = Staged(staged(START, (), (0, 1), 60), 60)
+        study = open_study(f"sqlite:///{tmp_path / name}.db", name, {})
+        trials = Search(study, plan, bowl, workers=2, heartbeat=0.2, grace=30.0).run()
+        for trial in trials:
+            if status_of(trial) == "stopped":
+                assert trial.user_attrs["share"] < 1 and trial.user_attrs["seed"] == 0
+        return plan.course(results_of(trials)), sum(trial.user_attrs["share"] for trial in trials)
+
+    (watched, spent), (unwatched, all_of_it) = search("watched", 10), search("unwatched", 0)
+    assert watched.choice == unwatched.choice and spent < all_of_it - 1
+
+
+def test_failed_runs_are_results(tmp_path: Path) -> None:
+    """A run that fails is recorded with what it said, and loses; where nothing works the search says so."""
+    plan = Staged(staged(START, (), (0, 1), 60), 60)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    trials = Search(open_study(url, "some", {}), plan, Bowl(fails_above=2.0**-6.5), heartbeat=0.2, grace=30.0).run()
+    failed = [trial for trial in trials if status_of(trial) == "failed"]
+    assert failed and all(trial.user_attrs["failure"] == "out of memory" for trial in failed)
+    with pytest.raises(SearchError, match="the first 3 runs failed and none did not: out of memory"):
+        Search(open_study(url, "all", {}), plan, Bowl(fails_above=0.0), heartbeat=0.2, grace=30.0).run()
