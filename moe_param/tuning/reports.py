@@ -163,7 +163,7 @@ def tune_page(record: Record) -> Page:
 
 def spent_note(record: Record) -> str:
     """Where hopeless runs were stopped: what was spent, in full runs."""
-    return f", {record['spent']:.1f} full runs in all" if record.get("spent") else ""
+    return f", {record['full_runs']:.1f} full runs in all" if record.get("full_runs") else ""
 
 
 def constants_note(constants: Mapping[str, Any] | None) -> str:

@@ -38,7 +38,7 @@ class Quadratic:
     curvature: Array
     covariance: Array
 
-    def lowest(self, around: Array, reach: Array) -> Array:
+    def lowest(self, around: Array, reach: float) -> Array:
         """Where it is lowest, no farther than `reach` octaves from `around` along any number."""
         return np.clip(-self.slope / (2 * np.maximum(self.curvature, FLATTEST)), around - reach, around + reach)
 

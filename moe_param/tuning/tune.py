@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from moe_param.tuning.pictures import plot
 from moe_param.tuning.points import Point, canonical, key_of, mean_loss
 from moe_param.tuning.reports import tune_page
 from moe_param.tuning.results import Found, conclude, found_record, spent_by, tables, trial_records, write_tuned
-from moe_param.tuning.runners import CommandRunner, LoopRunner, Runner
+from moe_param.tuning.runners import CommandRunner, Loop, LoopRunner, Runner
 from moe_param.tuning.search import Search
 from moe_param.tuning.short_run import times_seen
 from moe_param.tuning.stages import ladder_cost, least_budget, sampled, staged
@@ -152,6 +152,7 @@ def run_tune(
     evaluate = evaluate or runner.bind(base)
     start = time.perf_counter()
     console.print(header(base, strategy, seen), soft_wrap=True)
+    base = replace(base, settings={**base.settings, "trial": what_a_run_is(runner, evaluate)})
     with folder_lock(output, "moe-param tune (others join with the same --storage and an --output_dir of their own)"):
         workers = args.workers or min(8, runner.workers())
         trials = search(args, base, strategy, evaluate, workers, output, console)
@@ -167,6 +168,13 @@ def run_tune(
         console.print(table)
     tell(found, record["statuses"], output, console)
     return record
+
+
+def what_a_run_is(runner: Runner, evaluate: Evaluate) -> dict[str, Any]:
+    """What else the losses of a study depend on: the command, or the precision."""
+    if isinstance(runner, CommandRunner):
+        return {"command": runner.command}
+    return {"dtype": evaluate.run.dtype} if isinstance(evaluate, Loop) else {}
 
 
 def header(base: Base, strategy: Strategy, seen: str) -> str:
@@ -214,7 +222,7 @@ def record_of(args: TuneArguments, base: Base, found: Found, trials: list[Frozen
         "steps": base.run.steps,
         "tokens": base.run.steps * base.run.batch_size * base.run.seq_len,
         "best": found_record(found),
-        "spent": found.spent,
+        "full_runs": found.spent,
         "statuses": {status: statuses.count(status) for status in sorted(set(statuses))},
         "trials": trial_records(trials),
         "hardware": hardware(),

@@ -183,7 +183,7 @@ def test_password_is_not_written_down() -> None:
         (["--mode", "tpe", "--log2_lrs", "-7"], "nothing to search"),
         (["--seeds", "0", "0"], "the same seed twice"),
         (["--budget", "many"], "budget is 'many': expected a number of runs, 60, or a share of a target run, 25%"),
-        (["--budget", "9"], "a budget of 9 runs is too small for the stages: 21 at least with 3 seeds"),
+        (["--budget", "9"], "a budget of 9 runs is too small for the stages: 25 at least with 3 seeds"),
         (["--mode", "gp", "--budget", "9"], "a budget of 9 runs is too small for mode gp: 20 at least"),
         (["--budget", "60", "--mode", "grid"], "budget is not for mode grid"),
         (["--start", "papr"], "start is 'papr': expected one of config, paper"),
