@@ -18,12 +18,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models import AHEAD, ALL_FAMILIES, build, entry_of, tiny_config, tokens
+from tests.models import AHEAD, ALL_FAMILIES, build, entry_of, runs, tiny_config, tokens
 
 
 def present(section: str) -> list[str]:
-    """The families of a section that the installed transformers has."""
-    return [name for name, entry in AHEAD[section].items() if _found(ALL_FAMILIES.get(name, entry)["module"])]
+    """The families of a section that the installed transformers has, and that run in it."""
+    names = [name for name, entry in AHEAD[section].items() if _found(ALL_FAMILIES.get(name, entry)["module"])]
+    return [name for name in names if runs({**ALL_FAMILIES.get(name, {}), **AHEAD[section][name]})]
 
 
 def _found(module: str) -> bool:

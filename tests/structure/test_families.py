@@ -32,6 +32,7 @@ from tests.models import (
     build,
     classes,
     families,
+    initialized,
     inputs,
     last,
     output,
@@ -356,7 +357,7 @@ EXACT = {family for family, *_ in CASES.values()}
 def test_folded_training_equals_explicit_multipliers(family: str) -> None:
     """Five AdamW steps in float64, all axes moved that the family has, against raw weights whose multipliers are
     applied in every forward pass. (That the multipliers stand at the right weights is what the tests above show.)"""
-    model_class, _ = classes(family)
+    model_class, _ = classes(initialized(family))
     config, _, _, shape = structure_of(family)
     sizes = grown(family, shape)
     model = model_class(resized(family, config, **sizes)).double().eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import recipes
@@ -35,6 +36,8 @@ def both(model_class: type[Any], config: Any, run: int = RUN) -> tuple[Repeats, 
 @pytest.mark.parametrize("name", families(PUBLISHED, {"dbrx", "deepseek-v3", "gpt-oss-120b", "llama-4-maverick"}))
 def test_published_models(name: str) -> None:
     config = read_tuned(PUBLISHED[name]).target
+    if config.model_type == "dbrx" and "dbrx" not in FAMILIES:
+        pytest.skip(f"dbrx of transformers {transformers.__version__} does not run by itself")
     repeats, short, full = both(tracing.model_class_for(config), config)
     assert short == full
     assert len(repeats.stood_in) >= config.get_text_config().num_hidden_layers - 40
