@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -108,8 +109,16 @@ def tune(
         "output_dir": str(output_dir),
     }
     args, model, data, training = parse(types, [], prog="moe_param.tune", defaults=values)
-    run_tune(args, model, data, training, command=f"moe_param.tune({config!r:.200}, …)", runner=runner)
+    given = {**options, "budget": budget, "seeds": tuple(seeds), "space": space, "output_dir": str(output_dir)}
+    named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+    call = f"import moe_param; from moe_param import Space; moe_param.tune({values_shown(config)!r}, {named})"
+    run_tune(args, model, data, training, command=shlex.join(["python", "-c", call]), runner=runner)
     return read_tuned(Path(output_dir) / "tuned.yaml")
+
+
+def values_shown(config: str | Path | PretrainedConfig | Mapping[str, Any]) -> Any:
+    """The config as it can be typed again."""
+    return str(config) if isinstance(config, str | Path) else config_values(config)
 
 
 def config_values(config: str | Path | PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -369,7 +378,9 @@ def search(
     storage = args.storage or f"sqlite:///{(output / 'study.db').resolve()}"
     settings = base.settings
     if isinstance(strategy, Staged):
-        space = {"ranges": strategy.ranges, "fixed": strategy.fixed} if strategy.sampler else start_of(args, base)
+        space = {"ranges": strategy.ranges, "fixed": strategy.fixed}
+        if not strategy.sampler:
+            space = {"start": start_of(args, base), "constants": _coordinates(args.roles, base.roles)}
         settings = {**settings, "search": json.loads(json.dumps(space))}
     study, file = open_study(storage, args.study, settings), local_file(storage)
     os.environ["OMP_NUM_THREADS"] = "1"  # before the workers start

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
+import moe_param
 from moe_param import TunedError
 from moe_param.cli.tune import command_of, main, read
 from moe_param.errors import InputError, MoeParamError
@@ -24,7 +26,7 @@ from moe_param.tuning.base import overrides_of, read_base
 from moe_param.tuning.points import key_of
 from moe_param.tuning.short_run import train
 from moe_param.tuning.study import SearchError
-from moe_param.tuning.tune import run_tune, strategy_of
+from moe_param.tuning.tune import run_tune, share_of_target, strategy_of
 from moe_param.tuning.workers import Answer, Watch
 from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.tuning.surfaces import Bowl
@@ -301,3 +303,55 @@ def test_the_config_is_read_wherever_it_stands(config: str) -> None:
         read(["--log2_lr", "-7", "--config", config])
     _, _, _, training = read([config, "--tokens", "640"])  # in place of the file's max_steps
     assert training.tokens == 640 and training.max_steps == -1 and training.output_dir == "tune"
+
+
+SCRIPT = """
+import math, sys, yaml, moe_param
+values = yaml.safe_load(open(sys.argv[1]))
+rate = values["learning_rate"]
+if rate > 2.0**-5:
+    sys.exit("out of memory")
+for step in (1, 2):
+    moe_param.report(3.0 / step, step=step, steps=2)
+moe_param.report(2.0 + 0.02 * math.log2(rate / 2.0**-6) ** 2 + 0.001 * int(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_of_the_user_s_is_tuned(config: str, tmp_path: Path) -> None:
+    """By the command line: its losses decide, its failures are results, with what they said."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = f"{sys.executable} {tmp_path / 'train.py'} {{trial}} {{seed}}"
+    output = tmp_path / "out"
+    flags = ["--command", command, "--roles", "none", "--seeds", "0", "1", "--workers", "2", "--limit", "300"]
+    record = run(config, output, *flags)
+    assert best(output)["learning_rate"] == 2.0**-6 and record["statuses"]["failed"] >= 1
+    failed = [trial for trial in record["trials"] if trial["status"] == "failed"]
+    assert all("out of memory" in trial["failure"] and trial["loss"] is None for trial in failed)
+    assert "out of memory" in (output / "tune.html").read_text()
+    with pytest.raises(InputError, match=r"\{trial\}"):
+        run(config, tmp_path / "other", "--command", "python train.py")
+    with pytest.raises(SearchError, match=r"made with search\.constants"):
+        run(config, output, *flags[:2], "--seeds", "0", "1", "--roles", "router")
+
+
+def test_tune_is_a_function_too(tmp_path: Path) -> None:
+    """A mapping or a config in place of the file; what is wrong is one error of ours."""
+    found = moe_param.tune(
+        {**CONFIG, "max_steps": 2}, budget=20, seeds=(0,), space=moe_param.Space(roles=()), output_dir=tmp_path / "a"
+    )
+    assert found.numbers.learning_rate and found.init_std and found.constants is None
+    assert found.base.hidden_size == 16 and found.spec == "moe-completep"
+    with pytest.raises(InputError, match="did you mean 'max_steps'"):
+        moe_param.tune(CONFIG, max_step=3, output_dir=tmp_path / "b")
+    with pytest.raises(InputError, match="budget 25% is a share of a run at --shape, which is not given"):
+        moe_param.tune({**CONFIG, "shape": None}, budget="25%", output_dir=tmp_path / "b")
+
+
+def test_a_budget_as_a_share_of_the_target_s_run(config: str, tmp_path: Path) -> None:
+    """As many runs as have its FLOPs: four times the width and expert size costs about a dozen base runs."""
+    args, model, data, training = read([config, "--budget", "400%", "--output_dir", str(tmp_path)])
+    base = read_base(args, model, data, training)
+    share = share_of_target(args, base, model, data)
+    assert share is not None and 1 / 16 < share < 1 / 3
+    assert args.runs(share) == pytest.approx(4 / share)
