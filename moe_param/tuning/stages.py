@@ -24,7 +24,7 @@ import numpy as np
 from moe_param.statistics import paired_threshold
 from moe_param.tuning.constants import Judgement, gains_of
 from moe_param.tuning.points import Losses, Point, Result, Results, canonical, key_of, moved
-from moe_param.tuning.surface import fit
+from moe_param.tuning.surface import Quadratic, fit
 
 Run = tuple[Point | None, int]
 """A point and a seed. None: a point for the sampler to choose."""
@@ -136,13 +136,7 @@ def _answers(ask: Ask, course: Course) -> Answers:
 
 
 # -- stages -----------------------------------------------------------------------------------------------------------
-def staged(
-    start: Point,
-    coordinates: Sequence[str],
-    seeds: Sequence[int],
-    budget: float,
-    factors: Sequence[float] = (0.25, 4.0),
-) -> Plan:
+def staged(start: Point, coordinates: Sequence[str], seeds: Sequence[int], budget: float) -> Plan:
     """Zoom, constants, ladder.
 
     Args:
@@ -253,43 +247,74 @@ def constants(
 
     What comes out is kept where it wins with all seeds, beyond their noise, over what the stage began with.
     """
-    center = np.zeros(len(names))
-    tried: list[tuple[np.ndarray, float, int]] = []
-    levels = yield from measure([base], seeds)
-    tried += [(center, loss, seed) for loss, seed in zip(levels[key_of(base)], seeds)]
-    order, best = ordered(names), levels[key_of(base)]
-    for _ in range(MOST_ROUNDS):
-        left = limit - course.spent - len(JUMPS) * len(seeds)
-        if left < 2:
+    tried = Tried(base, tuple(names), [], [], [])
+    center, order = np.zeros(len(names)), ordered(names)
+    start = best = (yield from tried.measure([center], seeds))[0]
+    if not all(map(math.isfinite, start)):
+        return base  # the ladder will look for a rate that does not diverge
+    while (left := int(limit - course.spent - len(JUMPS) * len(seeds))) >= 2:
+        moves = [(name, sign) for name in order for sign in (1, -1)][:left]
+        yield from tried.one_at_a_time(center, moves, seeds)
+        jumps = jumps_to(center, tried.fit().lowest(center, REACH))
+        losses = yield from tried.measure(jumps, seeds)
+        lowest = min(range(len(jumps)), key=lambda i: statistics.fmean(losses[i]))
+        if statistics.fmean(losses[lowest]) >= statistics.fmean(best):
             break
-        moves = [(name, sign) for name in order for sign in (1, -1)][: int(left)]
-        around = shifted(base, names, center)
-        offsets = [center + sign * STEP * (np.array(names) == name) for name, sign in moves]
-        runs = [(shifted(base, names, x), seeds[i // 2 % len(seeds)]) for i, x in enumerate(offsets)]
-        answers = yield Ask(runs, rival=around)
-        tried += [(x, answers[key_of(point), seed].guess, seed) for x, (point, seed) in zip(offsets, runs)]
-        quadratic = fit(*zip(*tried))
-        goal = quadratic.lowest(center, REACH)
-        jumps = {key_of(point): x for x in jumps_to(center, goal) if (point := shifted(base, names, x)) != around}
-        if not jumps:
-            break
-        found = yield from measure([shifted(base, names, x) for x in jumps.values()], seeds)
-        tried += [(x, loss, seed) for key, x in jumps.items() for loss, seed in zip(found[key], seeds)]
-        key = min(found, key=lambda key: statistics.fmean(found[key]))
-        if statistics.fmean(found[key]) >= statistics.fmean(best):
-            break
-        center, best = jumps[key], found[key]
-        gains, _ = fit(*zip(*tried)).gain(center)
+        center, best = jumps[lowest], losses[lowest]
+        course.moves.append((course.stage, tried.point(center), best[0]))
+        gains, _ = tried.fit().gain(center)
         order = [name for _, name in sorted(zip(-np.abs(gains), names))]
-        course.moves.append((course.stage, shifted(base, names, center), best[0]))
-    point = shifted(base, names, center)
-    gains, errors = fit(*zip(*tried)).gain(center)
-    course.effects = [Effect(name, *map(float, values)) for name, *values in zip(names, center, gains, errors)]
-    if point == base:
+    course.effects = tried.effects(center)
+    if not center.any():
         return base
-    judged = judge(point, gains_of(levels[key_of(base)], best))
-    course.judgements.append(judged)
-    return point if judged.accepted else base
+    course.judgements.append(judged := judge(tried.point(center), gains_of(start, best)))
+    return judged.point if judged.accepted else base
+
+
+@dataclass
+class Tried:
+    """The runs of the second stage: offsets of the constants (octaves from `base`), losses, seeds."""
+
+    base: Point
+    names: tuple[str, ...]
+    offsets: list[np.ndarray]
+    losses: list[float]
+    seeds: list[int]
+
+    def point(self, octaves: np.ndarray) -> Point:
+        """The point that many octaves away."""
+        moved = {name: self.base.get(name, 1.0) * 2.0 ** float(x) for name, x in zip(self.names, octaves)}
+        return canonical({**self.base, **moved})
+
+    def fit(self) -> Quadratic:
+        return fit(self.offsets, self.losses, self.seeds)
+
+    def effects(self, center: np.ndarray) -> list[Effect]:
+        """What the fit says of every constant."""
+        gains, errors = self.fit().gain(center)
+        return [Effect(name, *map(float, values)) for name, *values in zip(self.names, center, gains, errors)]
+
+    def measure(self, places: Sequence[np.ndarray], seeds: Sequence[int]) -> Generator[Ask, Answers, list[Losses]]:
+        """The losses of each place with all seeds."""
+        answers = yield Ask([(self.point(x), seed) for seed in seeds for x in places])
+        found = [tuple(answers[key_of(self.point(x)), seed].loss for seed in seeds) for x in places]
+        for x, losses in zip(places, found):
+            self._add([x] * len(seeds), losses, seeds)
+        return found
+
+    def one_at_a_time(
+        self, center: np.ndarray, moves: Sequence[tuple[str, int]], seeds: Sequence[int]
+    ) -> Generator[Ask, Answers, None]:
+        """A run for every move, a constant and a sign; each constant with the next seed."""
+        offsets = [center + sign * STEP * (np.array(self.names) == name) for name, sign in moves]
+        runs = [(self.point(x), seeds[i // 2 % len(seeds)]) for i, x in enumerate(offsets)]
+        answers = yield Ask(runs, rival=self.point(center))
+        self._add(offsets, [answers[key_of(point), seed].guess for point, seed in runs], [seed for _, seed in runs])
+
+    def _add(self, offsets: Sequence[np.ndarray], losses: Sequence[float], seeds: Sequence[int]) -> None:
+        self.offsets += offsets
+        self.losses += losses
+        self.seeds += seeds
 
 
 def jumps_to(center: np.ndarray, goal: np.ndarray) -> list[np.ndarray]:
@@ -302,14 +327,8 @@ STEP, REACH = 2.0, 2.0
 """Octaves that a run moves a constant by, and that the constants move by at a time."""
 JUMPS = (1.0, 0.5)
 """Shares of the way to the lowest point of the fit that are run with all seeds."""
-MOST_ROUNDS = 10
 NEGLIGIBLE = 0.25
 """Octaves: a constant that is moved by less is 1."""
-
-
-def shifted(base: Point, numbers: Sequence[str], octaves: np.ndarray) -> Point:
-    """The point that many octaves away."""
-    return canonical({**base, **{name: base.get(name, 1.0) * 2.0 ** float(x) for name, x in zip(numbers, octaves)}})
 
 
 def judge(point: Point, gains: tuple[float, ...]) -> Judgement:

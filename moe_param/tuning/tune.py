@@ -378,7 +378,7 @@ def search(
     storage = args.storage or f"sqlite:///{(output / 'study.db').resolve()}"
     settings = base.settings
     if isinstance(strategy, Staged):
-        space = {"ranges": strategy.ranges, "fixed": strategy.fixed}
+        space: dict[str, Any] = {"ranges": strategy.ranges, "fixed": strategy.fixed}
         if not strategy.sampler:
             space = {"start": start_of(args, base), "constants": _coordinates(args.roles, base.roles)}
         settings = {**settings, "search": json.loads(json.dumps(space))}

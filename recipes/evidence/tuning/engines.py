@@ -30,7 +30,7 @@ BUDGET = 60
 UNSEEN = (100, 101, 102)
 """Seeds that no search trains with."""
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "dataset": "stdlib",
     "seq_len": 64,
     "learning_rate": 2.0**-7,
