@@ -4,8 +4,8 @@
    is better, then steps of half that. Runs that cannot catch up are stopped.
 2. *Constants* per role (arXiv:2601.20205, Appendix D.1), all together (`surface.py`). What comes out is run with all
    seeds, and kept where it wins beyond their noise.
-3. *Ladder*: the learning rate once more, with all seeds, up to four times the best one: a rate at the edge of a cliff
-   is left for a lower one that is as good.
+3. *Ladders*: init std and learning rate once more, with all seeds, up to four times the best rate: one at the edge of a
+   cliff is left for a lower one that is as good.
 
 A stage is written as if it trained right there: it yields the runs it needs and is sent their results. `replay` runs a
 plan through what is known and stops where a run is missing, so machines can share a search and a killed one goes on.
@@ -154,7 +154,7 @@ def staged(start: Point, coordinates: Sequence[str], seeds: Sequence[int], budge
             course.enter("constants")
             point = yield from constants(course, point, coordinates, seeds, left)
         course.enter("ladder")
-        return (yield from ladder(course, point, seeds, budget))
+        return (yield from ladders(course, point, seeds, budget))
 
     return plan
 
@@ -179,7 +179,7 @@ def sampled(count: int, seeds: Sequence[int], finalists: int = 3) -> Plan:
         losses = yield from measure(points, seeds)
         best = min(points, key=lambda point: statistics.fmean(losses[key_of(point)]))
         course.enter("ladder")
-        return (yield from ladder(course, best, seeds, math.inf))
+        return (yield from ladders(course, best, seeds, math.inf))
 
     return plan
 
@@ -190,8 +190,8 @@ def point_of(key: str) -> Point:
 
 
 def ladder_cost(seeds: Sequence[int]) -> int:
-    """Runs of the last stage where the optimum stays: three rungs with all seeds, one with the first."""
-    return 3 * len(seeds) + 1
+    """Runs of the last stage where the optimum stays: five rungs with all seeds, one with the first."""
+    return 5 * len(seeds) + 1
 
 
 def least_budget(coordinates: Sequence[str], seeds: Sequence[int]) -> int:
@@ -344,37 +344,47 @@ ERROR_RATE = 0.05
 """Of the test of what came out."""
 
 
-def ladder(course: Course, current: Point, seeds: Sequence[int], budget: float) -> Generator[Ask, Answers, Choice]:
-    """Rates at ½, 1 and 2 times the best with all seeds, and further while the best is at an end; then 4 times it."""
-    rates = {factor: moved(current, "learning_rate", factor) for factor in (0.5, 1.0, 2.0)}
-    while True:
-        losses = yield from measure(list(rates.values()), seeds)
-        means = {factor: statistics.fmean(losses[key_of(point)]) for factor, point in rates.items()}
-        best = min(means, key=lambda factor: means[factor])
-        if not math.isfinite(means[best]):
-            beyond = min(rates) / 4
-        elif best == min(rates):
-            beyond = min(rates) / 2
-        elif best == max(rates):
-            beyond = max(rates) * 2
-        else:
-            break
-        if len(rates) == MOST_RUNGS or course.spent + len(seeds) + 1 > budget:
-            course.at_edge = True
-            break
-        rates[beyond] = moved(current, "learning_rate", beyond)
+def ladders(course: Course, current: Point, seeds: Sequence[int], budget: float) -> Generator[Ask, Answers, Choice]:
+    """The last ladders, with all seeds: the init std, then the learning rate; then four times the rate with one seed.
+
+    The std comes back here because one run says little of it, and it is worth more at a larger model than at the base.
+    """
+    if "init_std" in current:
+        wide = yield from ladder(course, current, "init_std", seeds, budget - 2 * len(seeds) - 1)
+        current = moved(current, "init_std", min(wide, key=lambda factor: statistics.fmean(wide[factor])))
+    rates = yield from ladder(course, current, "learning_rate", seeds, budget)
+    means = {factor: statistics.fmean(losses) for factor, losses in rates.items()}
+    best = min(means, key=lambda factor: means[factor])
     chosen = off_the_cliff(best, means)
-    course.rungs = [Rung(rates[f]["learning_rate"], losses[key_of(rates[f])]) for f in sorted(rates)]
+    course.at_edge = best in (min(rates), max(rates))
+    course.rungs = [Rung(current["learning_rate"] * factor, rates[factor]) for factor in sorted(rates)]
+    point = moved(current, "learning_rate", chosen)
     if 4 * chosen not in rates:
-        far = moved(current, "learning_rate", 4 * chosen)
+        far = moved(point, "learning_rate", 4.0)
         course.rungs.append(Rung(far["learning_rate"], (yield from measure([far], seeds[:1]))[key_of(far)]))
-    point = rates[chosen]
-    course.moves.append((course.stage, point, losses[key_of(point)][0]))
-    return Choice(point, losses[key_of(point)])
+    course.moves.append((course.stage, point, rates[chosen][0]))
+    return Choice(point, rates[chosen])
+
+
+def ladder(
+    course: Course, current: Point, name: str, seeds: Sequence[int], budget: float
+) -> Generator[Ask, Answers, dict[float, Losses]]:
+    """Half, once and twice the number, and further while the best is at an end: factor → losses."""
+    factors = [0.5, 1.0, 2.0]
+    while True:
+        losses = yield from measure([moved(current, name, factor) for factor in factors], seeds)
+        found = {factor: losses[key_of(moved(current, name, factor))] for factor in factors}
+        best = min(factors, key=lambda factor: statistics.fmean(found[factor]))
+        if not math.isfinite(statistics.fmean(found[best])):
+            factors.append(min(factors) / 4)  # everything diverged: far lower
+        elif best in (min(factors), max(factors)):
+            factors.append(best * 2 if best == max(factors) else best / 2)
+        if factors[-1] in found or len(found) == MOST_RUNGS or course.spent + len(seeds) + 1 > budget:
+            return found
 
 
 MOST_RUNGS = 7
-"""Of the last ladder, which is made longer while the best rate is at an end of it."""
+"""Of a last ladder, which is made longer while the best rate is at an end of it."""
 
 
 def off_the_cliff(best: float, means: Mapping[float, float]) -> float:
