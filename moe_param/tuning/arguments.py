@@ -15,7 +15,6 @@ BUDGET = 60.0
 """Runs of the base that a search may cost unless it is told; docs/tune.md says what that finds."""
 
 PAPER_START = {
-    "init_std": 2.0**-6,
     "attention_value.init": 1 / 16,
     "expert_down.init": 1 / 4,
     "attention_in.lr": 1 / 16,

@@ -1,6 +1,6 @@
 """The search that `moe-param tune` makes unless it is told another one: three stages within a budget of runs.
 
-1. *Zoom*: learning rate and init std together, one seed. Steps of ×4 and ×3 from the config's own numbers until nothing
+1. *Zoom*: learning rate and init std together, one seed. Steps of ×4 and ×3 from the start until nothing
    is better, then steps of half that. Runs that cannot catch up are stopped.
 2. *Constants* per role (arXiv:2601.20205, Appendix D.1), all together (`surface.py`). What comes out is run with all
    seeds, and kept where it wins beyond their noise.
@@ -32,6 +32,8 @@ Run = tuple[Point | None, int]
 RATE_STEPS, STD_STEPS = (4.0, 2.0), (3.0, 3.0**0.5)
 ALIKE, CLIFF = 0.0025, 0.02
 """Of the loss: rates that are as good as the best, and how much worse twice the rate is at the edge of a cliff."""
+CLEARLY = 0.005
+"""Of the loss: what another init std has to gain in the last ladder."""
 
 
 class Ask(NamedTuple):
@@ -351,7 +353,10 @@ def ladders(course: Course, current: Point, seeds: Sequence[int], budget: float)
     """
     if "init_std" in current:
         wide = yield from ladder(course, current, "init_std", seeds, budget - 2 * len(seeds) - 1)
-        current = moved(current, "init_std", min(wide, key=lambda factor: statistics.fmean(wide[factor])))
+        means = {factor: statistics.fmean(losses) for factor, losses in wide.items()}
+        best = min(means, key=lambda factor: means[factor])
+        if means[best] < means[1.0] * (1 - CLEARLY):
+            current = moved(current, "init_std", best)
     rates = yield from ladder(course, current, "learning_rate", seeds, budget)
     means = {factor: statistics.fmean(losses) for factor, losses in rates.items()}
     best = min(means, key=lambda factor: means[factor])

@@ -289,14 +289,18 @@ def checked_budget(budget: float, names: Sequence[str], seeds: Sequence[int]) ->
 
 
 def start_of(args: TuneArguments, base: Base) -> Point:
-    """Where the stages begin: the config's numbers, or the paper's constants over them."""
-    std = getattr(base.config.get_text_config(), "initializer_range", None) or 0.02
+    """Where the stages begin: the numbers that were given, or the paper's constants over them.
+
+    Where no init std was given it is the paper's own, 2^-6 at width 512, carried to this width by fan-in: transformers'
+    0.02 is meant for widths of a thousand, and far too small for a small base.
+    """
+    std = 2.0**-6 * math.sqrt(512 / base.shape.width)
     paper = {
         name: value
         for name, value in STARTS[args.start].items()
         if "." not in name or name in _coordinates([], base.roles)
     }
-    return canonical({"init_std": float(std), **base.start, **paper})
+    return canonical({"init_std": std, **base.start, **paper})
 
 
 def _check_constant(name: str, option: str, roles: Mapping[str, bool]) -> None:

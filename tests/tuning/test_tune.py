@@ -26,7 +26,7 @@ from moe_param.tuning.base import overrides_of, read_base
 from moe_param.tuning.points import key_of
 from moe_param.tuning.short_run import train
 from moe_param.tuning.study import SearchError
-from moe_param.tuning.tune import run_tune, share_of_target, strategy_of
+from moe_param.tuning.tune import run_tune, share_of_target, start_of, strategy_of
 from moe_param.tuning.workers import Answer, Watch
 from tests.models import BYTE_MIXTRAL, CORE, FAMILIES
 from tests.tuning.surfaces import Bowl
@@ -355,3 +355,16 @@ def test_a_budget_as_a_share_of_the_target_s_run(config: str, tmp_path: Path) ->
     share = share_of_target(args, base, model, data)
     assert share is not None and 1 / 16 < share < 1 / 3
     assert args.runs(share) == pytest.approx(4 / share)
+
+
+def test_the_search_starts_at_the_paper_s_std_carried_to_the_base_s_width(config: str, tmp_path: Path) -> None:
+    """2^-6 at width 512, by fan-in; what was given is kept; --start paper adds constants of roles that there are."""
+
+    def start(*flags: str) -> dict[str, float]:
+        args, *rest = read([config, "--output_dir", str(tmp_path), *flags])
+        return start_of(args, read_base(args, *rest))
+
+    assert start() == pytest.approx({"learning_rate": 2.0**-7, "init_std": 2.0**-6 * 32**0.5})
+    assert start("--init_std", "0.03")["init_std"] == 0.03
+    paper = start("--start", "paper")
+    assert paper["router.lr"] == 1 / 16 and paper["attention_value.init"] == 1 / 16
