@@ -254,7 +254,7 @@ def tune_pass(record: Record) -> Section | None:
     began = f" The search began at {nats(start)}, ended at {end:.4f}." if start is not None else ""
     return Section(
         "What was judged over the seeds",
-        f"A change is kept where it is better with every seed and its mean gain exceeds what noise would give. "
+        f"A change is kept where its mean gain over the seeds exceeds what noise would give. "
         f"{len(kept)} of {count(len(judgements), 'change')} kept.{began}",
         (
             Figure(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_param.statistics import paired_threshold
+from moe_param.statistics import t_quantile
 from moe_param.tuning.constants import Judgement, gains_of
 from moe_param.tuning.points import Losses, Point, Result, Results, canonical, key_of, moved
 from moe_param.tuning.surface import Quadratic, fit
@@ -269,7 +269,10 @@ def constants(
     course.effects = tried.effects(center)
     if not center.any():
         return base
-    course.judgements.append(judged := judge(tried.point(center), gains_of(start, best)))
+    quadratic = tried.fit()
+    noise = quadratic.noise * statistics.fmean(start)
+    judged = judge(tried.point(center), gains_of(start, best), noise, quadratic.freedom)
+    course.judgements.append(judged)
     return judged.point if judged.accepted else base
 
 
@@ -333,13 +336,18 @@ NEGLIGIBLE = 0.25
 """Octaves: a constant that is moved by less is 1."""
 
 
-def judge(point: Point, gains: tuple[float, ...]) -> Judgement:
-    """Whether the constants together win: with every seed, and in the mean beyond their noise."""
-    gain, needed = statistics.fmean(gains), 0.0
-    if len(gains) > 1:
-        spreads = [statistics.variance(gains)] if all(map(math.isfinite, gains)) else []
-        needed = paired_threshold(gains, spreads, ERROR_RATE)
-    return Judgement("all constants together", 1.0, point, gains, gain, needed, min(gains) > 0 and gain > needed)
+def judge(point: Point, gains: tuple[float, ...], noise: float, freedom: float) -> Judgement:
+    """Whether the constants together win: whether their mean gain is beyond the noise of two runs a seed.
+
+    Args:
+        point: with the constants.
+        gains: of each seed, in nats.
+        noise: standard deviation of a run, in nats; freedom: the degrees of freedom it is known with. Three gains tell
+            their own spread badly, so it is that of all runs of the stage.
+    """
+    gain = statistics.fmean(gains)
+    needed = t_quantile(ERROR_RATE, freedom) * noise * math.sqrt(2 / len(gains))
+    return Judgement("all constants together", 1.0, point, gains, gain, needed, gain > needed)
 
 
 ERROR_RATE = 0.05

@@ -37,6 +37,8 @@ class Quadratic:
     slope: Array
     curvature: Array
     covariance: Array
+    noise: float  # standard deviation of a run's log loss around the fit
+    freedom: float  # degrees of freedom of that
 
     def lowest(self, around: Array, reach: float) -> Array:
         """Where it is lowest, no farther than `reach` octaves from `around` along any number."""
@@ -67,5 +69,8 @@ def fit(offsets: Sequence[Array], losses: Sequence[float], seeds: Sequence[int])
     expected = np.concatenate([np.zeros(n), np.full(n, CURVATURE / CURVATURE_SPREAD), np.zeros(levels.shape[1])])
     rows, values = np.vstack([known, prior]), np.concatenate([y / NOISE, expected])
     found = np.linalg.lstsq(rows, values, rcond=None)[0]
-    covariance = np.linalg.inv(rows.T @ rows)[: 2 * n, : 2 * n]
-    return Quadratic(found[:n], found[n : 2 * n], covariance)
+    covariance = np.linalg.inv(rows.T @ rows)
+    freedom = max(1.0, len(y) - float(np.trace(known @ covariance @ known.T)))  # runs less what the fit took of them
+    left = known @ found * NOISE - y
+    noise = float(np.sqrt(left @ left / freedom))
+    return Quadratic(found[:n], found[n : 2 * n], covariance[: 2 * n, : 2 * n], noise, freedom)

@@ -103,7 +103,7 @@ def test_noise_is_not_taken_for_constants(monkeypatch: pytest.MonkeyPatch) -> No
         return any("." in name for name in course.choice.point)
 
     assert sum(map(kept, range(40))) <= 6  # 2 are to be expected; 7 would have a chance of 0.4%
-    monkeypatch.setattr(stages, "judge", lambda point, gains: Judgement("", 1.0, point, gains, 0.0, 0.0, True))
+    monkeypatch.setattr(stages, "judge", lambda point, gains, *_: Judgement("", 1.0, point, gains, 0.0, 0.0, True))
     for name, value in {"SLOPE": 1.0, "CURVATURE": 1e-4, "CURVATURE_SPREAD": 1e-3, "NOISE": 1e-3}.items():
         monkeypatch.setattr(surface, name, value)
     assert sum(map(kept, range(10))) >= 4
