@@ -22,7 +22,7 @@ PAPER_START = {
     "router.lr": 1 / 16,
     "expert_down.lr": 1 / 16,
 }
-"""The constants of the paper's own base (arXiv:2601.20205, Appendix D.1), as read in its senior author's public code."""
+"""Constants of the paper's own base (arXiv:2601.20205, Appendix D.1), as read in its senior author's public code."""
 
 STARTS = {"config": {}, "paper": PAPER_START}
 
