@@ -140,7 +140,9 @@ def test_importing_the_package_loads_the_core_alone() -> None:
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize(("name", "package"), [("CommandRunner", "psutil"), ("LoopRunner", "optuna")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("CommandRunner", "psutil"), ("LoopRunner", "psutil"), ("tune", "optuna")]
+)
 def test_a_name_of_an_extra_says_which(name: str, package: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; import moe_param; moe_param.apply; moe_param.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -201,7 +201,12 @@ class TuneArguments:
             "grid": ("roles", "trials", "factors", "error_rate", "budget", "start"),
             "coordinate": (*ladders, "trials", "budget", "start"),
         }.get(str(self.mode), ("factors", "error_rate", "start"))
+        not_for = {name: f"for mode {self.mode}" for name in unused}
+        if self.command is not None:
+            not_for |= dict.fromkeys(("device", "dtype"), "for runs that are a command")
+        else:
+            not_for["gpus_per_run"] = "for runs in our loop, without a command"
         for given in fields(self):
             default = given.default_factory() if callable(given.default_factory) else given.default
-            if given.name in unused and getattr(self, given.name) not in (default, {}):
-                raise InputError(f"{given.name} is not for mode {self.mode}: leave it out")
+            if given.name in not_for and getattr(self, given.name) not in (default, {}):
+                raise InputError(f"{given.name} is not {not_for[given.name]}: leave it out")

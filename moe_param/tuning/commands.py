@@ -24,6 +24,7 @@ import yaml
 
 from moe_param.errors import InputError
 from moe_param.trial import FILE, STOP, Reports
+from moe_param.tuning.points import with_numbers
 from moe_param.tuning.workers import INDEX, MARK, PATIENCE, Answer, Evaluate, Watch, end
 
 if TYPE_CHECKING:
@@ -190,22 +191,12 @@ def write_trial(folder: Path, document: Mapping[str, Any], point: Mapping[str, f
     Raises:
         OSError: where it cannot be written.
     """
-    constants: dict[str, dict[str, float]] = {}
-    for name, value in point.items():
-        if "." in name:
-            role, kind = name.split(".")
-            constants.setdefault(role, {})[kind] = value
-    numbers = {
-        "learning_rate": point["learning_rate"],
-        "init_std": point.get("init_std"),
-        "constants": constants or None,
-    }
-    values = {name: numbers.get(name, value) for name, value in document.items()}
-    values = {name: value for name, value in values.items() if value is not None}
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("reports", "reports" + STOP):
         (folder / name).unlink(missing_ok=True)
-    (folder / "tuned.yaml").write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), "utf-8")
+    (folder / "tuned.yaml").write_text(
+        yaml.safe_dump(with_numbers(document, point), sort_keys=False, allow_unicode=True), "utf-8"
+    )
 
 
 @dataclass(frozen=True)

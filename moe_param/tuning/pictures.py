@@ -8,9 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_param.tuning.points import key_of
-
-TOLERANCE = 0.01
+from moe_param.tuning.points import ENDED, key_of, without_rate
+from moe_param.tuning.results import TOLERANCE
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
@@ -44,17 +43,13 @@ def lost(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, float], str]]:
             yield trial["point"], trial["status"]
 
 
-def rest(point: Mapping[str, float]) -> str:
-    return key_of({name: value for name, value in point.items() if name != "learning_rate"})
-
-
 def plot_rates(axes: Any, record: Mapping[str, Any]) -> None:
     """Loss against learning rate, a line for each of the rest; the stable region shaded."""
     best = record["best"]
     lines: dict[str, list[tuple[float, float]]] = {}
     for point, losses in points_of(record):
-        lines.setdefault(rest(point), []).append((point["learning_rate"], statistics.fmean(losses)))
-    order = sorted(lines, key=lambda name: (name != rest(best["best"]), min(loss for _, loss in lines[name])))
+        lines.setdefault(without_rate(point), []).append((point["learning_rate"], statistics.fmean(losses)))
+    order = sorted(lines, key=lambda name: (name != without_rate(best["best"]), min(loss for _, loss in lines[name])))
     for rank, name in enumerate(order):
         runs = sorted(lines[name])
         label = (name or "config's own") if rank < MOST_LINES else None
@@ -121,7 +116,7 @@ def plot_descent(axes: Any, record: Mapping[str, Any]) -> None:
     """The best loss of a single run so far against what had been spent."""
     spent, best, line = 0.0, math.inf, []
     for trial in record["trials"]:
-        if trial["status"] not in ("complete", "diverged", "stopped", "failed"):
+        if trial["status"] not in ENDED:
             continue
         spent += trial.get("share", 1.0)
         if trial["status"] == "complete":

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 Point = dict[str, float]
 """`learning_rate`, `init_std` and constants as `router.lr`; what is not in it is the base's own (constants: 1)."""
 
 Losses = tuple[float, ...]
 """One loss per seed, always in the same order; inf where a run diverged."""
+
+
+ENDED = ("complete", "diverged", "stopped", "failed")
+"""States of a run that cost something and is a result."""
 
 
 class Result(NamedTuple):
@@ -44,6 +48,29 @@ def key_of(point: Mapping[str, float]) -> str:
 
 def moved(point: Point, name: str, factor: float) -> Point:
     return canonical({**point, name: point.get(name, 1.0) * factor})
+
+
+def without_rate(point: Mapping[str, float]) -> str:
+    """The key of the rest of a point."""
+    return key_of({name: value for name, value in point.items() if name != "learning_rate"})
+
+
+def split(point: Mapping[str, float]) -> tuple[float, float | None, dict[str, dict[str, float]] | None]:
+    """(learning rate, init std, constants) as `moe_param.apply` takes them."""
+    constants: dict[str, dict[str, float]] = {}
+    for name, value in point.items():
+        if "." in name:
+            role, kind = name.split(".")
+            constants.setdefault(role, {})[kind] = value
+    return point["learning_rate"], point.get("init_std"), constants or None
+
+
+def with_numbers(document: Mapping[str, Any], point: Mapping[str, float]) -> dict[str, Any]:
+    """What tuned.yaml holds: `document` with the numbers of a point in their places, without what is None."""
+    rate, std, constants = split(point)
+    numbers = {"learning_rate": rate, "init_std": std, "constants": constants}
+    values = {name: numbers.get(name, value) for name, value in document.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def over_seeds(results: Results, seeds: Sequence[int]) -> dict[str, Losses]:

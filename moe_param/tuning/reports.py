@@ -31,8 +31,9 @@ from moe_param.tuning.page import (
     command,
     table,
 )
-from moe_param.tuning.pictures import TOLERANCE, plot_descent, plot_effects, plot_pass, plot_rates, points_of, rest
-from moe_param.tuning.results import split
+from moe_param.tuning.pictures import plot_descent, plot_effects, plot_pass, plot_rates, points_of
+from moe_param.tuning.points import split, without_rate
+from moe_param.tuning.results import TOLERANCE
 
 Record = Mapping[str, Any]
 Builder = Callable[[Record], Section | None]
@@ -200,7 +201,7 @@ def tune_notes(record: Record) -> Section | None:
 def tune_rates(record: Record) -> Section | None:
     """Drawn where there is a line of at least three rates."""
     best = record["best"]
-    lines = [rest(point) for point, _ in points_of(record)]
+    lines = [without_rate(point) for point, _ in points_of(record)]
     if not any(lines.count(name) >= 3 for name in lines):
         return None
     figure, axes = canvas(3.3)

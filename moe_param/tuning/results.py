@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from rich.table import Table
 
 from moe_param.tuning.constants import Judgement
-from moe_param.tuning.points import Point, key_of, over_seeds
+from moe_param.tuning.points import ENDED, Point, key_of, over_seeds, with_numbers, without_rate
 from moe_param.tuning.stages import Course, Effect, Rung
 from moe_param.tuning.strategies import Coordinate, Staged, Strategy
 from moe_param.tuning.study import SearchError, results_of, status_of
@@ -71,9 +71,6 @@ def spent_by(trials: Sequence[FrozenTrial]) -> float:
     return sum(float(t.user_attrs.get("share", 1.0)) for t in trials if status_of(t) in ENDED)
 
 
-ENDED = ("complete", "diverged", "stopped", "failed")
-
-
 def of_course(course: Course, spent: float) -> Found:
     """What a staged search came to."""
     assert course.choice is not None, "a search that is not done"
@@ -109,10 +106,6 @@ def of_grid(points: Mapping[str, Point], means: Mapping[str, float], spent: floa
     return Found(best, loss, None, stable, at_edge=tuple(edges), spent=spent)
 
 
-def without_rate(point: Mapping[str, float]) -> str:
-    return key_of({name: value for name, value in point.items() if name != "learning_rate"})
-
-
 def stable_region(
     best: Point, loss: float, points: Mapping[str, Point], means: Mapping[str, float]
 ) -> tuple[float, float]:
@@ -140,26 +133,13 @@ def _edge(runs: Sequence[tuple[float, float]], limit: float) -> float:
     return inside[0]
 
 
-def split(point: Mapping[str, float]) -> tuple[float, float | None, dict[str, dict[str, float]] | None]:
-    """(learning rate, init std, constants) as `moe_param.apply` takes them."""
-    constants: dict[str, dict[str, float]] = {}
-    for name, value in point.items():
-        if "." in name:
-            role, kind = name.split(".")
-            constants.setdefault(role, {})[kind] = value
-    return point["learning_rate"], point.get("init_std"), constants or None
-
-
 def write_tuned(path: Path, config: Mapping[str, Any], found: Found, command: str) -> None:
     """`config` with what was found: what transfer, train and `moe_param.apply` take as it is."""
-    rate, std, constants = split(found.best)
-    numbers = {"learning_rate": rate, "init_std": std, "constants": constants}
     header = (
         f"# Written by: {command}\n# Validation loss {found.loss:.4f} at the base. For a larger model: "
         f"moe-param train {path.name} --shape width=…\n"
     )
-    document = {name: numbers.get(name, value) for name, value in config.items()}
-    document = {name: value for name, value in document.items() if value is not None}
+    document = with_numbers(config, found.best)
     path.write_text(header + yaml.safe_dump(document, sort_keys=False, allow_unicode=True), "utf-8")
 
 

@@ -17,8 +17,7 @@ from moe_param.errors import InputError
 from moe_param.tuning.base import Base
 from moe_param.tuning.commands import CommandRunner
 from moe_param.tuning.ledger import cores
-from moe_param.tuning.points import Point
-from moe_param.tuning.results import split
+from moe_param.tuning.points import Point, split
 from moe_param.tuning.short_run import ShortRun, check_run, train
 from moe_param.tuning.workers import INDEX, Answer, Evaluate, Spent, Watch
 

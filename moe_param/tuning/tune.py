@@ -99,15 +99,13 @@ def tune(
     Raises:
         MoeParamError: whatever is wrong with the input, before the first run; see `run_tune`.
     """
-    space = space or Space()
     types = (TuneArguments, *TRAINING_TYPES)
     values: dict[str, Any] = {**config_values(config), **options}
     check_keys("tune", values, option_names(types))
     values |= {"storage": storage, "budget": None if budget is None else str(budget), "seeds": list(seeds)}
-    values |= {
-        "roles": ["none"] if space.roles is not None and not space.roles else list(space.roles or []),
-        "output_dir": str(output_dir),
-    }
+    values["output_dir"] = str(output_dir)
+    if space is not None and space.roles is not None:
+        values["roles"] = list(space.roles) or ["none"]
     args, model, data, training = parse(types, [], prog="moe_param.tune", defaults=values)
     given = {**options, "budget": budget, "seeds": tuple(seeds), "space": space, "output_dir": str(output_dir)}
     named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)

@@ -190,6 +190,8 @@ def test_password_is_not_written_down() -> None:
         (["--budget", "60", "--mode", "grid"], "budget is not for mode grid"),
         (["--start", "papr"], "start is 'papr': expected one of config, paper"),
         (["--trials", "4"], "trials is not for mode stages"),
+        (["--command", "train {trial} {seed}", "--device", "cpu"], "device is not for runs that are a command"),
+        (["--gpus_per_run", "2"], "gpus_per_run is not for runs in our loop, without a command"),
         (["--roles", "rooter"], "roles: no role 'rooter'"),
         (["--log2_lrs", "0.0078125"], r"log2_lrs: 0.0078125 would be a learning rate of .*did you mean -7\?"),
         (["--log2_lrs", "nan"], "log2_lrs: nan is no power of 2"),

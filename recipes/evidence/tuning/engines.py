@@ -23,7 +23,7 @@ from moe_param.cli.tune import read
 from moe_param.folder_lock import folder_lock
 from moe_param.training.report import hardware, versions
 from moe_param.tuning.base import read_base
-from moe_param.tuning.results import split
+from moe_param.tuning.points import split
 from moe_param.tuning.short_run import train
 
 BUDGET = 60
