@@ -17,6 +17,7 @@ from moe_param.fresh import departure, trained
 from moe_param.optim import groups as optim
 from moe_param.optim.adam import adam_class, adam_numbers, check_decoupled
 from moe_param.record import FORMAT, check_plain, check_shapes, decode, encode, spans, with_vocabulary
+from moe_param.scaling.horizon import TOKENS_EXPONENT
 from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.laws import InitLaw
@@ -60,6 +61,7 @@ class Parameterization:
         base_steps: int | None = None,
         batch_ratio: float = 1.0,
         tokens_ratio: float = 1.0,
+        tokens_exponent: float = TOKENS_EXPONENT,
         betas: tuple[float, float] | None = None,
     ) -> list[dict[str, Any]]:
         """Groups for an Adam of your own over `model`, wrapped or sharded or not, wholly or partly trained.
@@ -69,7 +71,7 @@ class Parameterization:
             lr, eps, weight_decay, decay: the base's; left out, the tuned ones, else ε 1e-12 and no decay.
             betas: the base's; left out, the tuned ones. Where there are none, groups hold none, and the optimizer's own
                 default counts, which for torch is (0.9, 0.999). `optimizer` has (0.9, 0.95) there.
-            steps, base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+            steps, base_steps, batch_ratio, tokens_ratio, tokens_exponent: see `optim.groups.param_groups`.
 
         Returns:
             Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay`, perhaps `betas`. The first
@@ -92,6 +94,7 @@ class Parameterization:
             base_steps=base_steps,
             batch_ratio=batch_ratio,
             tokens_ratio=tokens_ratio,
+            tokens_exponent=tokens_exponent,
             betas=numbers.betas if betas is not None or tuned_betas else None,
         )
 
@@ -110,6 +113,7 @@ class Parameterization:
         base_steps: int | None = None,
         batch_ratio: float = 1.0,
         tokens_ratio: float = 1.0,
+        tokens_exponent: float = TOKENS_EXPONENT,
         **options: Any,
     ) -> torch.optim.Optimizer:
         """The optimizer of `model`, for a loop of your own.
@@ -120,7 +124,7 @@ class Parameterization:
             adam_like: your word that another class makes Adam's update with decoupled weight decay.
             lr, eps, betas, weight_decay, decay: the base's; left out, the tuned ones, else ε 1e-12, betas (0.9, 0.95)
                 and no decay. A learning rate has no default.
-            steps, base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+            steps, base_steps, batch_ratio, tokens_ratio, tokens_exponent: see `optim.groups.param_groups`.
             options: what the optimizer's class takes besides (fused, …).
 
         Raises:
@@ -139,6 +143,7 @@ class Parameterization:
             base_steps=base_steps,
             batch_ratio=batch_ratio,
             tokens_ratio=tokens_ratio,
+            tokens_exponent=tokens_exponent,
         )
         options.update(lr=numbers.lr, eps=numbers.eps, betas=numbers.betas, weight_decay=numbers.weight_decay)
         return optimizer_class(groups, **options)
@@ -181,6 +186,7 @@ class Parameterization:
         base_steps: int | None = None,
         batch_ratio: float = 1.0,
         tokens_ratio: float = 1.0,
+        tokens_exponent: float = TOKENS_EXPONENT,
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -197,7 +203,7 @@ class Parameterization:
             balance: a rate, the arguments of `LoadBalancingCallback`, or a callback.
             lr, eps, betas, weight_decay, decay: of the base, see above.
             steps: for decay "ema"; left out, `args.max_steps` where that is set.
-            base_steps, batch_ratio, tokens_ratio: see `moe_param.optim.groups.param_groups`.
+            base_steps, batch_ratio, tokens_ratio, tokens_exponent: see `optim.groups.param_groups`.
             resume_from: see `ReloadExpertsCallback`.
 
         Returns:
@@ -238,6 +244,7 @@ class Parameterization:
             "base_steps": base_steps,
             "batch_ratio": batch_ratio,
             "tokens_ratio": tokens_ratio,
+            "tokens_exponent": tokens_exponent,
         }
         check_decoupled(optimizer_class, numbers["weight_decay"], options)
         optim.check_numbers(**numbers)

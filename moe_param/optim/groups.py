@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_param.errors import MoeParamError
 from moe_param.optim.adam import DEFAULT_EPS, OptimizerError
-from moe_param.scaling.horizon import HorizonFactors, horizon_factors
+from moe_param.scaling.horizon import TOKENS_EXPONENT, HorizonFactors, horizon_factors
 
 if TYPE_CHECKING:
     from moe_param.scaling.rules import Rule
@@ -90,6 +90,7 @@ def param_groups(
     base_steps: int | None = None,
     batch_ratio: float = 1.0,
     tokens_ratio: float = 1.0,
+    tokens_exponent: float = TOKENS_EXPONENT,
     betas: tuple[float, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Adam groups: parameters with equal factors share a group; the group that Trainer logs (the first) has ratio 1.
@@ -106,6 +107,7 @@ def param_groups(
         steps, base_steps: of this run and of the base's; for "ema" and only there.
         batch_ratio, tokens_ratio: tokens per step and tokens of the run over the base's; 1 is off. They scale lr, eps,
             betas, and with "independent" also weight decay, by `moe_param.scaling.horizon.horizon_factors`.
+        tokens_exponent: lr ∝ tokens^−this; 0, the paper's finding, leaves everything as it is along tokens.
 
     Returns:
         Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay` and, if given, `betas`.
@@ -124,6 +126,7 @@ def param_groups(
         base_steps=base_steps,
         batch_ratio=batch_ratio,
         tokens_ratio=tokens_ratio,
+        tokens_exponent=tokens_exponent,
     )
     weight_decay *= factor
     groups: dict[Any, dict[str, Any]] = {}
@@ -156,6 +159,7 @@ def check_numbers(
     base_steps: int | None,
     batch_ratio: float,
     tokens_ratio: float,
+    tokens_exponent: float,
 ) -> tuple[HorizonFactors, float]:
     """The factors of batch and tokens, and the one on weight decay that all groups share. Errors as there."""
     try:
@@ -168,17 +172,17 @@ def check_numbers(
             "lr must be > 0, eps and weight_decay ≥ 0, betas two numbers from 0 to below 1: "
             f"got lr {lr!r}, eps {eps!r}, weight_decay {weight_decay!r}, betas {betas!r}"
         )
-    horizon = horizon_factors(batch_ratio, tokens_ratio)
+    horizon = horizon_factors(batch_ratio, tokens_ratio, tokens_exponent=tokens_exponent)
     if horizon.beta != 1.0 and betas is None:
         raise OptimizerError(
             f"batch_ratio {batch_ratio:g} and tokens_ratio {tokens_ratio:g} scale Adam's betas too: "
             "give betas, the base's"
         )
-    return horizon, _decay_factor(decay, weight_decay, steps, base_steps, horizon)
+    return horizon, _decay_factor(decay, weight_decay, steps, base_steps, horizon, tokens_ratio / batch_ratio)
 
 
 def _decay_factor(
-    decay: str, weight_decay: float, steps: int | None, base_steps: int | None, horizon: HorizonFactors
+    decay: str, weight_decay: float, steps: int | None, base_steps: int | None, horizon: HorizonFactors, ratio: float
 ) -> float:
     """The factor on λ that all groups share; each group's own, 1 / (its factor on lr), is in its rule."""
     if decay not in DECAYS:
@@ -194,9 +198,9 @@ def _decay_factor(
             "decay 'ema' keeps lr·λ·steps constant and needs steps (of this run) and base_steps (of the run that "
             f"weight_decay was found on), both positive: got steps {steps}, base_steps {base_steps}"
         )
-    if horizon.beta != 1.0 and not math.isclose(steps / base_steps, 1.0 / horizon.beta, rel_tol=0.05):
+    if ratio != 1.0 and not math.isclose(steps / base_steps, ratio, rel_tol=0.05):
         raise OptimizerError(
-            f"tokens_ratio / batch_ratio = {1.0 / horizon.beta:g} is the ratio of steps, but steps / base_steps = "
+            f"tokens_ratio / batch_ratio = {ratio:g} is the ratio of steps, but steps / base_steps = "
             f"{steps / base_steps:g}: one of the four is wrong"
         )
     return base_steps / steps / horizon.lr

@@ -17,6 +17,7 @@ from moe_param import parsing
 from moe_param.errors import InputError
 from moe_param.naming import parse_sizes
 from moe_param.parsing import check_keys, option_names
+from moe_param.scaling.horizon import TOKENS_EXPONENT
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.shape import SIZES
 from moe_param.training.data.text import DataArguments
@@ -155,7 +156,11 @@ class PretrainArguments(TrainingArguments):
         default=1.0, metadata={"help": "Tokens per step over the base's: scales lr, eps, betas, decay. 1 is off."}
     )
     tokens_ratio: float = field(
-        default=1.0, metadata={"help": "Tokens of the run over the base's, likewise. 1 is off."}
+        default=1.0, metadata={"help": "Tokens of the run over the base's: with tokens_exponent, likewise. 1 is off."}
+    )
+    tokens_exponent: float = field(
+        default=TOKENS_EXPONENT,
+        metadata={"help": "The rate goes as tokens_ratio to minus this. 0: it stays; 0.5: the square root rule."},
     )
     expert_parallel: int = field(
         default=1,

@@ -180,6 +180,7 @@ def optimizer_numbers(args: PretrainArguments, horizon: Horizon) -> dict[str, An
         "decay": args.decay,
         "batch_ratio": args.batch_ratio,
         "tokens_ratio": args.tokens_ratio,
+        "tokens_exponent": args.tokens_exponent,
         "base_steps": args.base_steps,
         "steps": horizon.steps if args.decay == "ema" else None,
     }

@@ -102,16 +102,6 @@ def plot_pass(axes: Any, record: Mapping[str, Any]) -> None:
     axes.legend(fontsize="x-small")
 
 
-def plot_effects(axes: Any, record: Mapping[str, Any]) -> None:
-    """What each number gains by the fit, the largest first."""
-    effects = sorted(record["best"]["effects"], key=lambda effect: -effect["gain"])
-    rows = range(len(effects))
-    axes.barh(rows, [100 * e["gain"] for e in effects], xerr=[100 * e["error"] for e in effects], color="C0", alpha=0.6)
-    axes.set_yticks(rows, [f"{e['name']} ×{2 ** e['octaves']:.3g}" for e in effects], fontsize=7)
-    axes.invert_yaxis()
-    axes.set(xlabel="gain by the fit (% of the loss, ± a standard error)")
-
-
 def plot_descent(axes: Any, record: Mapping[str, Any]) -> None:
     """The best loss of a single run so far against what had been spent."""
     spent, best, line = 0.0, math.inf, []
@@ -135,13 +125,8 @@ PANELS = (
     (plot_descent, lambda record: bool(record["best"].get("moves")), lambda record: 3.5),
     (plot_rates, lambda record: True, lambda record: 4.5),
     (
-        plot_effects,
-        lambda record: bool(record["best"].get("effects", ())),
-        lambda record: 0.17 * len(record["best"].get("effects", ())) + 1,
-    ),
-    (
         plot_pass,
-        lambda record: bool(record["best"].get("judgements", ())) and not record["best"].get("effects", ()),
+        lambda record: bool(record["best"].get("judgements", ())),
         lambda record: max(2.0, 0.17 * len(record["best"].get("judgements", ())) + 1),
     ),
 )

@@ -19,17 +19,12 @@ ENDED = ("complete", "diverged", "stopped", "failed")
 
 
 class Result(NamedTuple):
-    """What a run came to: held-out loss (nats per token; inf where it diverged, failed or was stopped), the share of
-    its steps that were done, and of a stopped run what it would have come to, had it stayed as far behind as it was."""
+    """What a run came to: held-out loss (nats per token; inf where it diverged, failed or was stopped), and the share
+    of its steps that were done, more than 1 for one that was stopped and then run whole."""
 
     loss: float
     share: float = 1.0
-    if_continued: float | None = None
-
-    @property
-    def guess(self) -> float:
-        """The loss, or what it would have been."""
-        return self.loss if self.if_continued is None else self.if_continued
+    stopped: bool = False
 
 
 Results = Mapping[str, Mapping[int, Result]]

@@ -31,7 +31,7 @@ from moe_param.tuning.page import (
     command,
     table,
 )
-from moe_param.tuning.pictures import plot_descent, plot_effects, plot_pass, plot_rates, points_of
+from moe_param.tuning.pictures import plot_descent, plot_pass, plot_rates, points_of
 from moe_param.tuning.points import split, without_rate
 from moe_param.tuning.results import TOLERANCE
 
@@ -282,29 +282,6 @@ def gain_of(judgement: Record) -> str:
     return "no longer diverges" if judgement["accepted"] else "diverged"
 
 
-def tune_effects(record: Record) -> Section | None:
-    """What the fit of the second stage says of every number."""
-    effects = sorted(record["best"].get("effects", ()), key=lambda effect: -effect["gain"])
-    if not effects:
-        return None
-    figure, axes = canvas(0.22 * len(effects) + 1.2)
-    plot_effects(axes, record)
-    axes.tick_params("y", labelsize=8)
-    rows = [
-        (e["name"], f"×{2 ** e['octaves']:.3g}", f"{e['gain']:+.2%} ± {e['error']:.2%}".replace("-", "−"))
-        for e in effects
-    ]
-    return Section(
-        "What every number is worth",
-        "All numbers were moved at once, in every run, and a quadratic was fitted to the losses: where each ended, and "
-        "how much of the loss that gains by the fit (± a standard error). Kept or left together, by the test below.",
-        (
-            Figure(figure, "Gain of every number by the fit, with its standard error.", "Bars: a standard error."),
-            Details("The numbers", (table(("number", "moved by", "gain"), rows, "By the fit, as shares of the loss"),)),
-        ),
-    )
-
-
 def tune_descent(record: Record) -> Section | None:
     """How the loss fell, and what each stage cost."""
     best = record["best"]
@@ -476,7 +453,6 @@ TUNE: tuple[Builder, ...] = (
     tune_descent,
     tune_rates,
     tune_constants,
-    tune_effects,
     tune_pass,
     tune_trials,
     tune_use,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from moe_param.tuning.constants import Judgement
 from moe_param.tuning.points import ENDED, Point, key_of, over_seeds, with_numbers, without_rate
-from moe_param.tuning.stages import Course, Effect, Rung
+from moe_param.tuning.stages import Course, Rung
 from moe_param.tuning.strategies import Coordinate, Staged, Strategy
 from moe_param.tuning.study import SearchError, results_of, status_of
 
@@ -34,7 +34,6 @@ class Found:
     at_edge: tuple[str, ...] = ()  # what is best at an end of its ladder
     rungs: tuple[Rung, ...] = ()  # stages: the last ladder, with all seeds where they were run
     moves: tuple[tuple[str, Point, float], ...] = ()  # stages: stage, point, loss with the first seed
-    effects: tuple[Effect, ...] = ()  # stages: what the fit says of every number
     spent: float = 0.0  # full runs, by the steps that were done
     spent_in: dict[str, float] | None = None  # stages: the same by stage
 
@@ -87,7 +86,6 @@ def of_course(course: Course, spent: float) -> Found:
         ("learning_rate",) if course.at_edge else (),
         rungs=tuple(course.rungs),
         moves=tuple(course.moves),
-        effects=tuple(course.effects),
         spent=spent,
         spent_in=dict(course.spent_in),
     )
@@ -153,9 +151,8 @@ def start_loss(course: Course) -> float | None:
 def found_record(found: Found) -> dict[str, Any]:
     """Plain values, for tune.json."""
     return {
-        **{name: value for name, value in asdict(found).items() if name not in ("rungs", "moves", "effects")},
+        **{name: value for name, value in asdict(found).items() if name not in ("rungs", "moves")},
         "rungs": [{"rate": rung.rate, "losses": list(rung.losses)} for rung in found.rungs],
-        "effects": [effect._asdict() for effect in found.effects],
         "moves": [{"stage": stage, "point": point, "loss": loss} for stage, point, loss in found.moves],
     }
 

@@ -36,6 +36,7 @@ from moe_param.tuning.study import (
     results_of,
     run_of,
     status_of,
+    taken,
 )
 from moe_param.tuning.workers import ATTEMPTS, Answer, Died, Evaluate, Pool, Progress, Raised, sigterm_as_interrupt
 
@@ -46,19 +47,6 @@ HOPELESS = {0.3: 0.05, 0.5: 0.025, 0.75: 0.015}
 base, the gap at half of the run was within 0.02 of the gap at its end.)"""
 
 
-@dataclass(frozen=True)
-class Rival:
-    """A complete run: its held-out loss, and the training loss by share of the run. Empty: there is none."""
-
-    loss: float = math.inf
-    curve: Mapping[float, float] = field(default_factory=dict)
-
-    def guess(self, curve: Mapping[float, float]) -> float | None:
-        """Held-out loss of a run that stays as far behind this one as it is."""
-        share = max(curve, default=0.0)
-        return self.loss * curve[share] / self.curve[share] if share in self.curve else None
-
-
 @dataclass
 class _Open:
     """A trial that this process has claimed and not finished."""
@@ -66,7 +54,7 @@ class _Open:
     trial: Trial
     point: Point
     seed: int
-    rival: Rival  # the run it has to keep up with
+    rival: Mapping[float, float]  # of the run it has to keep up with: share → training loss
     curve: dict[float, float] = field(default_factory=dict)
     deaths: int = 0
 
@@ -145,13 +133,13 @@ class Search:
         """Takes the most urgent run that nobody has; False where there is none."""
         trials = self.study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-        live = {run_of(trial) for trial in trials if trial.state in LIVE}
         wanted = self.strategy.wanted(results_of(trials))
         to_sample = sum(run.point is None for run in wanted) - len(running)
         for run in wanted:
             if run.point is None:
                 return to_sample > 0 and self._claim_sample(run, trials)
-            if (key_of(run.point), run.seed) not in live:
+            run_key, whole = (key_of(run.point), run.seed), run.rival is None
+            if not any(run_of(trial) == run_key and taken(trial, whole) for trial in trials):
                 return self._claim_point(run, run.point)
         return False
 
@@ -198,20 +186,19 @@ class Search:
     def _own(self, trial: Trial, point: Point, run: Wanted) -> bool:
         self._open[trial.number] = _Open(trial, point, run.seed, self._rival(run.rival, run.seed))
         # Numbers are unique and grow, so of two machines that want the same at once exactly one keeps it.
-        before = (t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number and t.state in LIVE)
-        if (key_of(point), run.seed) in {run_of(t) for t in before}:
+        before = (t for t in self.study.get_trials(deepcopy=False) if t.number < trial.number)
+        if any(run_of(t) == (key_of(point), run.seed) and taken(t, run.rival is None) for t in before):
             self._fail(trial.number, "duplicate")
         else:
             self._queue.append(trial.number)
         return True
 
-    def _rival(self, rival: Point | None, seed: int) -> Rival:
-        """The rival's complete run with this seed, where there is one."""
+    def _rival(self, rival: Point | None, seed: int) -> Mapping[float, float]:
+        """Training losses by share of the rival's complete run with this seed; empty where there is none."""
         for trial in self.study.get_trials(deepcopy=False) if rival else ():
             if run_of(trial) == (key_of(rival or {}), seed) and status_of(trial) == "complete":
-                curve = {float(share): loss for share, loss in trial.user_attrs.get("curve", {}).items()}
-                return Rival(float(trial.value or 0.0), curve)
-        return Rival()
+                return {float(share): loss for share, loss in trial.user_attrs.get("curve", {}).items()}
+        return {}
 
     # -- running --
     def _collect(self, number: int, answer: Answer | Progress | Raised | Died) -> None:
@@ -219,7 +206,7 @@ class Search:
         if isinstance(answer, Progress):
             if entry:
                 entry.curve[round(answer.share, 3)] = answer.loss
-                if hopeless(entry.curve, entry.rival.curve):
+                if hopeless(entry.curve, entry.rival):
                     self._pool.cancel(number)
         elif isinstance(answer, Died):
             self._mourn(number, answer)
@@ -256,8 +243,7 @@ class Search:
             self._tell(entry.trial, None, TrialState.FAIL, reason="failed", failure=answer.failure, **facts)
             self._stop_where_nothing_works()
         elif answer.stopped and math.isfinite(answer.loss):
-            guess = entry.rival.guess(entry.curve)
-            self._tell(entry.trial, None, TrialState.PRUNED, loss=answer.loss, guess=guess, **facts)
+            self._tell(entry.trial, None, TrialState.PRUNED, loss=answer.loss, **facts)
         else:
             value = answer.loss if math.isfinite(answer.loss) else math.inf
             self._tell(entry.trial, value, None, **facts)

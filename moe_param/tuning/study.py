@@ -21,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from moe_param.errors import MoeParamError
-from moe_param.tuning.points import Result, Results
+from moe_param.tuning.points import ENDED, Result, Results
 from moe_param.tuning.workers import ATTEMPTS
 
 LAYOUT = 2
@@ -29,6 +29,11 @@ LAYOUT = 2
 
 LIVE = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 RETRIED = ("lost", "withdrawn", "error")
+
+
+def taken(trial: FrozenTrial, whole: bool) -> bool:
+    """Whether a trial is, or will be, its run's result; one that was stopped is none where the whole run is wanted."""
+    return trial.state in LIVE and not (whole and trial.state == TrialState.PRUNED)
 
 
 class SearchError(MoeParamError):
@@ -157,10 +162,13 @@ def results_of(trials: Iterable[FrozenTrial]) -> Results:
     for trial in trials:
         (key, seed), status = run_of(trial), status_of(trial)
         share = float(trial.user_attrs.get("share", 1.0))
-        if status == "complete":
-            results.setdefault(key, {}).setdefault(seed, Result(float(trial.value or 0.0), share))
-        elif status in ("diverged", "stopped", "failed"):
-            results.setdefault(key, {}).setdefault(seed, Result(math.inf, share, trial.user_attrs.get("guess")))
+        if status in ENDED:
+            before = results.setdefault(key, {}).get(seed)
+            loss = float(trial.value or 0.0) if status == "complete" else math.inf
+            if before is None:
+                results[key][seed] = Result(loss, share, status == "stopped")
+            elif before.stopped and status != "stopped":  # it was needed whole after all
+                results[key][seed] = Result(loss, before.share + share)
         else:
             lost[key, seed] += {"gave up": ATTEMPTS, "lost": 1}.get(status, 0)
     for (key, seed), times in lost.items():

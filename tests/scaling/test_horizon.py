@@ -55,7 +55,8 @@ def test_a_larger_batch_sees_the_same_run() -> None:
     assert distance(curve(4, batch_ratio=4.0)) < 0.05
     assert distance(curve(4)) > 0.3
     # As is the rule's word for the tokens: four times of both is nothing new per step.
-    torch.testing.assert_close(curve(4, batch_ratio=4.0, tokens_ratio=4.0), curve(4), rtol=0, atol=0)
+    same = curve(4, batch_ratio=4.0, tokens_ratio=4.0, tokens_exponent=0.5)
+    torch.testing.assert_close(same, curve(4), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("left_alone", ["lr", "eps", "weight_decay", "betas"])
@@ -68,14 +69,25 @@ def test_every_part_of_the_rule_is_needed(left_alone: str) -> None:
 
 def test_what_stays_constant_along_both() -> None:
     for batch, tokens in ((4, 1), (1, 4), (2, 16), (0.5, 1)):
-        factors = horizon_factors(batch, tokens)
+        factors = horizon_factors(batch, tokens, tokens_exponent=0.5)
         steps = tokens / batch
         assert factors.lr * factors.weight_decay * steps == pytest.approx(1)
         assert factors.beta * steps == pytest.approx(1)
         assert factors.lr * factors.eps == pytest.approx(1)
         assert factors.lr == pytest.approx((batch / tokens) ** 0.5)
-    assert horizon_factors(3, 3) == horizon_factors() == moe_param.HorizonFactors()
+    assert horizon_factors(3, 3, tokens_exponent=0.5) == horizon_factors() == moe_param.HorizonFactors()
     assert horizon_factors(4).betas((0.9, 0.95)) == pytest.approx((0.6, 0.8))
+
+
+def test_the_exponent_of_tokens() -> None:
+    """By default more tokens change nothing, as the paper found; others' exponents are lr's, at a fixed batch."""
+    assert horizon_factors(tokens_ratio=40.0) == moe_param.HorizonFactors()
+    assert horizon_factors(4.0, 40.0) == horizon_factors(4.0)
+    for exponent in (0.3, 0.32, 0.5, 1.0):
+        assert horizon_factors(tokens_ratio=16.0, tokens_exponent=exponent).lr == pytest.approx(16.0**-exponent)
+    for exponent in (-0.1, 1.5, float("nan")):
+        with pytest.raises(HorizonError, match=r"tokens_exponent is .* 0 \(the rate stays\) to 1"):
+            horizon_factors(tokens_exponent=exponent)
 
 
 def test_groups_take_the_factors_and_without_ratios_nothing_changes() -> None:
@@ -86,7 +98,8 @@ def test_groups_take_the_factors_and_without_ratios_nothing_changes() -> None:
     off = plan.param_groups(model, lr=LR, eps=EPS, weight_decay=DECAY, batch_ratio=1.0, tokens_ratio=1.0)
     assert [{**g, "params": None} for g in off] == [{**g, "params": None} for g in base]
     factory = plan.optimizer_factory(torch.optim.AdamW)()
-    optimizer = factory(model, lr=LR, eps=EPS, weight_decay=DECAY, tokens_ratio=4.0, betas=(0.8, 0.96))
+    ratios: dict[str, float] = {"tokens_ratio": 4.0, "tokens_exponent": 0.5}
+    optimizer = factory(model, lr=LR, eps=EPS, weight_decay=DECAY, betas=(0.8, 0.96), **ratios)
     for found, group in zip(optimizer.param_groups, base, strict=True):
         assert found["names"] == group["names"]
         assert found["betas"] == pytest.approx((0.95, 0.99))
@@ -97,10 +110,10 @@ def test_groups_take_the_factors_and_without_ratios_nothing_changes() -> None:
     same = param_groups(
         *(plan.rules, model),
         **{"lr": LR, "weight_decay": DECAY, "decay": "ema", "steps": 400, "base_steps": 100},
-        **{"tokens_ratio": 4.0, "betas": BETAS},
+        **{**ratios, "betas": BETAS},
     )
     assert [g["weight_decay"] for g in same] == pytest.approx([g["weight_decay"] for g in optimizer.param_groups])
-    default = factory(model, lr=LR, tokens_ratio=4.0)  # the base's betas are the paper's where none are given
+    default = factory(model, lr=LR, **ratios)  # the base's betas are the paper's where none are given
     assert default.param_groups[0]["betas"] == pytest.approx((0.975, 0.9875))
 
 

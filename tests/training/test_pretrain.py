@@ -399,6 +399,8 @@ def test_flags_of_decay_and_horizon_reach_the_groups(tmp_path: Path, monkeypatch
         "4",
         "--tokens_ratio",
         "8",
+        "--tokens_exponent",
+        "0.25",
     ]
     groups = groups_of(monkeypatch, tmp_path, *flags, "--clip", "0.5", "--logging_steps", "1", steps=4)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -412,6 +414,7 @@ def test_flags_of_decay_and_horizon_reach_the_groups(tmp_path: Path, monkeypatch
         base_steps=2,
         batch_ratio=4.0,
         tokens_ratio=8.0,
+        tokens_exponent=0.25,
         betas=(0.9, 0.95),
     )
     assert [group["initial_lr"] for group in groups] == [group["lr"] for group in wanted]

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from moe_param.tuning import stages, surface
+from moe_param.tuning import stages
 from moe_param.tuning.constants import Judgement
-from moe_param.tuning.points import Point, Result, key_of, moved
+from moe_param.tuning.points import Point, Result, key_of
 from moe_param.tuning.search import Search, hopeless
 from moe_param.tuning.stages import Course, Plan, least_budget, off_the_cliff, replay, staged
 from moe_param.tuning.strategies import Staged
@@ -58,54 +57,46 @@ def test_planted_numbers_are_found() -> None:
     floor, start = (without_noise(bowl, point) for point in (PLANTED, START))
     assert start - floor > 0.6 and without_noise(bowl, course.choice.point) - floor < 0.2
     assert course.spent <= 100 and not course.at_edge and sum(course.spent_in.values()) == course.spent
-    effects = {effect.name: effect for effect in course.effects}
-    assert effects["expert_down.init"].octaves < -1  # what is left would take another round
-    assert effects["embedding.lr"].octaves > 0.5
-    assert abs(effects["norm.lr"].octaves) < 1
-    [judgement] = course.judgements
-    assert judgement.accepted and judgement.gain > judgement.needed > 0
+    constants = {name: value for name, value in course.choice.point.items() if "." in name}
+    assert constants == {name: value for name, value in PLANTED.items() if "." in name}
+    *steps, together = course.judgements
+    assert together.accepted and together.gain > together.needed > 0
+    assert {step.coordinate for step in steps if step.accepted} >= constants.keys()
 
 
-def test_one_at_a_time_finds_less_for_as_many_runs() -> None:
-    """The reason for moving all numbers at once, on ten surfaces: a pass with one seed, cut off at as many runs."""
+def test_a_step_is_confirmed_by_all_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On ten surfaces: with the word of one seed taken, for as many runs, the search ends higher."""
 
-    def one_at_a_time(bowl: Bowl, current: Point, runs: int) -> Point:
-        best = bowl.loss(current, 0)
-        for name in NAMES:
-            for factor in (4.0, 0.25):
-                if (runs := runs - 1) < 0:
-                    return current
-                point = moved(current, name, factor)
-                if (loss := bowl.loss(point, 0)) < best:
-                    best, current = loss, point
-                    break
-        return current
-
-    ours, theirs = [], []
-    for salt in range(10):
+    def ends(salt: int) -> float:
         chance = random.Random(salt)
         bottom = {**PLANTED, **{name: 2.0 ** chance.gauss(0, 1) for name in NAMES}}
-        bowl = Bowl(bottom, noise=0.03, salt=salt, curvature=0.01)
-        course = found(bowl, budget=60)
+        bowl = Bowl(bottom, noise=0.05, salt=salt, curvature=0.01)
+        course = found(bowl, budget=75)
         assert course.choice is not None
-        zoomed = next(point for stage, point, _ in reversed(course.moves) if stage == "zoom")
-        ours.append(without_noise(bowl, course.choice.point))
-        theirs.append(without_noise(bowl, one_at_a_time(bowl, zoomed, 60 - 10)))
-    assert statistics.fmean(ours) < statistics.fmean(theirs) - 0.02
+        return without_noise(bowl, course.choice.point)
+
+    ours = statistics.fmean(map(ends, range(10)))
+    assert ours < 2.2
+    monkeypatch.setattr(
+        stages,
+        "judge",
+        lambda step, before, after, *_: Judgement("", 1.0, after.point, (0.0,), 0.0, 0.0, True),
+    )
+    assert ours < statistics.fmean(map(ends, range(10)))
 
 
 def test_noise_is_not_taken_for_constants(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a flat surface they are kept about once in twenty; without prior and test over the seeds much more often."""
+    """On a flat surface they are kept about once in twenty; without the test over the seeds mostly."""
 
     def kept(salt: int) -> bool:
-        course = found(Bowl({"init_std": 0.02}, noise=0.01, curvature=0.0, salt=salt), budget=55)
+        course = found(Bowl({"init_std": 0.02}, noise=0.03, curvature=0.0, salt=salt), budget=75)
         assert course.choice is not None
         return any("." in name for name in course.choice.point)
 
     assert sum(map(kept, range(40))) <= 6  # 2 are to be expected; 7 would have a chance of 0.4%
-    monkeypatch.setattr(stages, "judge", lambda point, gains, *_: Judgement("", 1.0, point, gains, 0.0, 0.0, True))
-    for name, value in {"SLOPE": 1.0, "CURVATURE": 1e-4, "CURVATURE_SPREAD": 1e-3, "NOISE": 1e-3}.items():
-        monkeypatch.setattr(surface, name, value)
+    monkeypatch.setattr(
+        stages, "judge", lambda step, before, after, *_: Judgement("", 1.0, after.point, (0.0,), 0.0, 0.0, True)
+    )
     assert sum(map(kept, range(10))) >= 4
 
 
@@ -137,26 +128,6 @@ def test_from_a_start_that_diverges() -> None:
     assert course.choice.point["learning_rate"] <= 2.0**-10
 
 
-def test_the_fit_is_that_of_a_quadratic() -> None:
-    """Without noise, with the prior of no weight: the slopes and curvatures that made the losses."""
-    chance = np.random.default_rng(0)
-    slope, curvature = chance.normal(size=5) * 0.02, 0.01 + chance.random(5) * 0.01
-    offsets = list(chance.normal(size=(40, 5)))
-    seeds = [i % 2 for i in range(40)]
-    losses = [math.exp(0.5 + 0.1 * seed + slope @ x + curvature @ x**2) for x, seed in zip(offsets, seeds)]
-    wide = {"SLOPE": 1e3, "CURVATURE_SPREAD": 1e3, "NOISE": 1e-3, "STEEPEST": 1e3}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in wide.items():
-            patch.setattr(surface, name, value)
-        quadratic = surface.fit(offsets, losses, seeds)
-    np.testing.assert_allclose(quadratic.slope, slope, atol=1e-8)
-    np.testing.assert_allclose(quadratic.curvature, curvature, atol=1e-8)
-    lowest = quadratic.lowest(np.zeros(5), 100.0)
-    np.testing.assert_allclose(lowest, -slope / (2 * curvature), atol=1e-6)
-    gain, _ = quadratic.gain(lowest)
-    np.testing.assert_allclose(gain, slope**2 / (4 * curvature), atol=1e-8)
-
-
 @pytest.mark.parametrize(
     ("means", "chosen"),
     [
@@ -184,16 +155,18 @@ def test_hopeless_is_compared_at_the_same_step() -> None:
 def test_hopeless_runs_are_stopped_and_the_choice_is_the_same(tmp_path: Path) -> None:
     def search(name: str, looks: int) -> tuple[Course, float]:
         bowl = Bowl({"learning_rate": 2.0**-5, "init_std": 0.06}, noise=0.003, curvature=0.05, looks=looks, seconds=0.2)
-        plan = Staged(staged(START, (), (0, 1), 60), 60)
+        plan = Staged(staged(START, NAMES[:6], (0, 1), 60), 60)
         study = open_study(f"sqlite:///{tmp_path / name}.db", name, {})
         trials = Search(study, plan, bowl, workers=2, heartbeat=0.2, grace=30.0).run()
         for trial in trials:
             if status_of(trial) == "stopped":
-                assert trial.user_attrs["share"] < 1 and trial.user_attrs["seed"] == 0
+                assert trial.user_attrs["share"] < 1
         return plan.course(results_of(trials)), sum(trial.user_attrs["share"] for trial in trials)
 
     (watched, spent), (unwatched, all_of_it) = search("watched", 10), search("unwatched", 0)
     assert watched.choice == unwatched.choice and spent < all_of_it - 1
+    # A rung of the last ladder that had been stopped on the way is run whole there: none looks as if it diverged.
+    assert all(math.isfinite(loss) for rung in watched.rungs for loss in rung.losses)
 
 
 def test_failed_runs_are_results(tmp_path: Path) -> None:

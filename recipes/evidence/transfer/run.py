@@ -1,0 +1,140 @@
+"""Do the numbers that `moe-param tune` finds hold at larger models, and what is each rule worth?
+
+    python -m recipes.evidence.transfer.run tune axes search
+
+Studies are named by what they answer, see `STUDIES`. Each tunes its bases by the command's defaults, or takes the ones
+that are there, and trains targets as `moe-param transfer` does. Interrupted, the same command goes on; a study that is
+done costs nothing. What every run gave goes into results/STUDY/BASE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from moe_param import transfer, tune
+from moe_param.errors import MoeParamError
+from recipes.evidence.transfer.bases import BASES, config_of
+
+HERE = Path(__file__).parent
+JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
+ALL_SPECS = ("moe-completep", "completep", "mup", "mup-moe", "kakao", "standard")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the call of `moe_param.transfer` that answers it for each base."""
+
+    bases: tuple[str, ...]
+    axes: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+STUDIES = {
+    "axes": Study(
+        BASES,
+        ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
+        {"specs": ["moe-completep"], "octaves": [-1.0, -0.5, 0.0, 0.5, 1.0], "search": ["none"]},
+    ),
+    "search": Study(
+        BASES,
+        ("width=4", JOINT),
+        {
+            **{"specs": ["moe-completep"], "octaves": [-2.0, -1.0, 0.0, 1.0], "seeds": [0], "extend": 1},
+            **{"search": ["standard"], "search_at": ["width=4", JOINT], "init_stds": [0.03, 0.06, 0.12]},
+        },
+    ),
+    "specs": Study(
+        ("mixtral-stdlib",),
+        ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
+        {"specs": list(ALL_SPECS), "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 1},
+    ),
+    "expert_size": Study(
+        BASES[:3],
+        ("expert_size=16",),
+        {"specs": ["moe-completep", "completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
+    ),
+}
+"""axes: how far the best rate moves, and what keeping the base's costs. search: against `standard`, searched at full
+size over rate and init std, with and without the base's constants. specs: where the rivals fail. expert_size: the
+paper's mean-field init of expert down against fan-in (`completep`)."""
+
+SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
+
+
+def tuned_file(base: str, runs: Path, smallest: bool) -> Path:
+    """tuned.yaml of a base, which is tuned now where it is not yet."""
+    folder = runs / base / "base"
+    file = folder / "tuned.yaml"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(config_of(base, 3 if smallest else 300)), "utf-8")
+        tune(config, output_dir=folder, **(SMALLEST if smallest else {}))
+    return file
+
+
+def answer(name: str, base: str, args: argparse.Namespace, console: Console) -> None:
+    """One study of one base."""
+    study, file = STUDIES[name], tuned_file(base, args.runs, args.smallest)
+    options = {**study.options, "smallest": args.smallest, "workers": args.workers}
+    if args.smallest:
+        options |= {"search": ["none"]}
+    report = transfer(
+        file,
+        study.axes[:1] if args.smallest else study.axes,
+        output_dir=args.runs / base / name,
+        training=study.training,
+        command=shlex.join(["python", "-m", "recipes.evidence.transfer.run", name, "--bases", base]),
+        console=console,
+        **options,
+    )
+    console.print(report)
+    record = json.loads((args.runs / base / name / "transfer.json").read_text())
+    write(args.out / name / f"{base}.json", record)
+
+
+def keep_base(base: str, args: argparse.Namespace) -> None:
+    """What the search of a base found, beside the studies."""
+    record = json.loads((tuned_file(base, args.runs, args.smallest).parent / "tune.json").read_text())
+    kept = ("command", "full_runs", "best", "steps", "tokens", "seconds", "hardware", "versions")
+    write(args.out / "tune" / f"{base}.json", {name: record[name] for name in kept})
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+
+
+def main() -> None:
+    """The studies that were named, one base after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("studies", nargs="+", choices=["tune", *STUDIES])
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
+    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where searches and runs are kept")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
+    parser.add_argument("--smallest", action="store_true", help="a few steps; proves nothing")
+    args, console = parser.parse_args(), Console()
+    for base in args.bases:
+        for name in args.studies:
+            if name == "tune":
+                keep_base(base, args)
+            elif base in STUDIES[name].bases:
+                answer(name, base, args, console)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MoeParamError as error:
+        sys.exit(f"error: {error}")
