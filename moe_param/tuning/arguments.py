@@ -144,7 +144,7 @@ class TuneArguments:
             value = math.nan
         if not 0 < value < math.inf:
             raise InputError(
-                f"budget is {self.budget!r}: expected a number of runs, 60, or a share of a target run, 25%"
+                f"budget is {self.budget!r}: expected a number of runs, 75, or a share of a target run, 25%"
             )
         if not text.endswith("%"):
             return value

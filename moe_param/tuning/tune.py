@@ -89,7 +89,7 @@ def tune(
         space: what is searched beside learning rate and init std.
         runner: what a run is, `LoopRunner` or `CommandRunner`. Default: `LoopRunner()`.
         storage: Optuna's, for many machines. Default: a file in `output_dir`.
-        budget: full runs of the base, or a share of a run at `shape`, "25%". Default: 60.
+        budget: full runs of the base, or a share of a run at `shape`, "25%". Default: 75.
         seeds: the first is what every candidate is trained with; all decide what is kept.
         options: as on the command line: mode, start, workers, study, …, and those of training, as max_steps or seq_len.
 

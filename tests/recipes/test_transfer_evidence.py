@@ -1,0 +1,40 @@
+"""The studies of transfer run at their smallest, and go on where they were."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+import moe_param
+from moe_param.structure.trace import model_class_for
+from recipes.evidence.transfer.bases import BASES, config_of
+from recipes.evidence.transfer.run import JOINT, STUDIES
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_bases_are_alike() -> None:
+    """Three families of one shape, and what a study scales stays the family's own business."""
+    for base in BASES:
+        values = config_of(base)
+        config = AutoConfig.for_model(values["model_type"], **values["overrides"])
+        shape = moe_param.plan(model_class_for(config), config, config).shape
+        assert (shape.width, shape.depth, shape.num_experts, shape.top_k, shape.expert_size) == (32, 2, 8, 2, 32), base
+    assert JOINT in STUDIES["axes"].axes and set(STUDIES["axes"].bases) == set(BASES)
+
+
+@pytest.mark.slow
+def test_a_study_at_its_smallest(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipes.evidence.transfer.run", "tune", "axes", "--smallest"]
+    command += ["--bases", "mixtral-stdlib", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "out" / "tune" / "mixtral-stdlib.json").read_text())["full_runs"] <= 20
+    record = json.loads((tmp_path / "out" / "axes" / "mixtral-stdlib.json").read_text())
+    assert [row["target"] for row in record["summary"]] == ["width=4"]
