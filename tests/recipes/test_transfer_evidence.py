@@ -13,6 +13,7 @@ from transformers import AutoConfig
 import moe_param
 from moe_param.structure.trace import model_class_for
 from recipes.evidence.transfer.bases import BASES, config_of
+from recipes.evidence.transfer.horizon import exponents
 from recipes.evidence.transfer.run import JOINT, STUDIES
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +39,16 @@ def test_a_study_at_its_smallest(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "tune" / "mixtral-stdlib.json").read_text())["full_runs"] <= 20
     record = json.loads((tmp_path / "out" / "axes" / "mixtral-stdlib.json").read_text())
     assert [row["target"] for row in record["summary"]] == ["width=4"]
+
+
+def test_the_exponent_is_that_of_the_optima() -> None:
+    """Parabolas whose lowest points move by a third of an octave for each doubling."""
+    losses = {
+        f"{longer}/{octave:g}/{seed}": 2.0 + 0.01 * seed + 0.004 * (octave + moved) ** 2
+        for longer, moved in ((1, 0.0), (2, 1 / 3), (4, 2 / 3), (8, 1.0))
+        for octave in (-2.0, -1.0, 0.0, 1.0)
+        for seed in (0, 1)
+    }
+    curves, found = exponents(losses)
+    assert found == pytest.approx([1 / 3, 1 / 3])
+    assert curves[8].optima() == pytest.approx([-1.0, -1.0])

@@ -26,7 +26,6 @@ from recipes.evidence.transfer.bases import BASES, config_of
 
 HERE = Path(__file__).parent
 JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
-ALL_SPECS = ("moe-completep", "completep", "mup", "mup-moe", "kakao", "standard")
 
 
 @dataclass(frozen=True)
@@ -39,24 +38,23 @@ class Study:
     training: dict[str, Any] = field(default_factory=dict)
 
 
+SEARCH: dict[str, Any] = {
+    **{"specs": ["moe-completep"], "octaves": [-2.0, -1.0, 0.0, 1.0], "seeds": [0], "extend": 1},
+    **{"search": ["standard"], "init_stds": [0.03, 0.06, 0.12]},
+}
+
 STUDIES = {
     "axes": Study(
         BASES,
         ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
         {"specs": ["moe-completep"], "octaves": [-1.0, -0.5, 0.0, 0.5, 1.0], "search": ["none"]},
     ),
-    "search": Study(
-        BASES,
-        ("width=4", JOINT),
-        {
-            **{"specs": ["moe-completep"], "octaves": [-2.0, -1.0, 0.0, 1.0], "seeds": [0], "extend": 1},
-            **{"search": ["standard"], "search_at": ["width=4", JOINT], "init_stds": [0.03, 0.06, 0.12]},
-        },
-    ),
+    "search": Study(BASES[:3], ("width=4",), SEARCH | {"search_at": ["width=4"]}),
+    "joint": Study(BASES[:1], (JOINT,), SEARCH | {"search_at": [JOINT]}),
     "specs": Study(
-        ("mixtral-stdlib",),
-        ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
-        {"specs": list(ALL_SPECS), "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 1},
+        BASES[:1],
+        ("width=4", "depth=4"),
+        {"specs": ["mup-moe", "kakao", "standard"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
     ),
     "expert_size": Study(
         BASES[:3],
@@ -64,9 +62,9 @@ STUDIES = {
         {"specs": ["moe-completep", "completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
     ),
 }
-"""axes: how far the best rate moves, and what keeping the base's costs. search: against `standard`, searched at full
-size over rate and init std, with and without the base's constants. specs: where the rivals fail. expert_size: the
-paper's mean-field init of expert down against fan-in (`completep`)."""
+"""axes: how far the best rate moves, and what keeping the base's costs. search, joint: against `standard`, searched
+at full size over rate and init std, with and without the base's constants. specs: where the rivals fail. expert_size:
+the paper's mean-field init of expert down against fan-in (`completep`)."""
 
 SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
 
