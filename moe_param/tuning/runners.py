@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -72,12 +73,25 @@ class LoopRunner:
 
     def bind(self, base: Base) -> Evaluate:
         """See `Runner.bind`: a device that is not there or lacks the dtype, a text that cannot be read or is short."""
+        return Loop(self.checked(base.run), self.devices())
+
+    def checked(self, run: ShortRun) -> ShortRun:
+        """The run on the first of the devices, in their dtype; it would do on all of them.
+
+        Raises:
+            MoeParamError: a device that is not there or lacks the dtype, a text that cannot be read or is short.
+        """
         devices = self.devices()
         bf16 = devices[0].startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = ("bfloat16" if bf16 else "float32") if self.dtype == "auto" else self.dtype
+        run = replace(run, dtype=("bfloat16" if bf16 else "float32") if self.dtype == "auto" else self.dtype)
         for device in devices:
-            check_run(replace(base.run, device=device, dtype=dtype))
-        return Loop(replace(base.run, dtype=dtype), devices)
+            check_run(replace(run, device=device))
+        return replace(run, device=devices[0])
+
+
+def own_device(devices: Sequence[str]) -> str:
+    """The device of this worker process, which take turns."""
+    return devices[int(os.environ.get(INDEX, "0")) % len(devices)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class Loop:
 
     def __call__(self, point: Point, seed: int, watch: Watch) -> Answer:
         torch.set_num_threads(1)  # the workers are the parallelism
-        device = self.devices[int(os.environ.get(INDEX, "0")) % len(self.devices)]
+        device = own_device(self.devices)
         rate, std, constants = split(point)
         try:
             run = replace(self.run, device=device, lr=rate, init_std=std, constants=constants, seed=seed)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from moe_param.tuning.costs import Costs
 from moe_param.tuning.drift import Curves, Row, Run, compare
 from moe_param.tuning.ledger import run_all
 from moe_param.tuning.rivals import Search, Trial, conclude, longer
-from moe_param.tuning.short_run import ShortRun, check_run, times_seen, train
+from moe_param.tuning.runners import own_device
+from moe_param.tuning.short_run import ShortRun, times_seen, train
 from moe_param.tuning.transfer_plan import CONFIG as CONFIG
 from moe_param.tuning.transfer_plan import Plan, TransferArguments, identity, plan_runs
 from moe_param.tuning.transfer_plan import targets as targets
@@ -35,11 +36,16 @@ from moe_param.tuning.transfer_report import TransferReport
 from moe_param.tuning.workers import Watch
 
 
-def work(run: ShortRun, watch: Watch) -> dict[str, Any]:
-    """What a worker does: one run, in one thread, to its end."""
-    torch.set_num_threads(1)
-    found: dict[str, Any] = finite(asdict(train(run)))
-    return found
+@dataclass(frozen=True)
+class Train:
+    """What a worker does: one run, in one thread, on its own of the devices, to its end."""
+
+    devices: tuple[str, ...] = ("cpu",)
+
+    def __call__(self, run: ShortRun, watch: Watch) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        found: dict[str, Any] = finite(asdict(train(replace(run, device=own_device(self.devices)))))
+        return found
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def transfer(
 def run_transfer(args: TransferArguments, plan: Plan, command: str, console: Console) -> TransferReport:
     """All runs of a plan, and what they say."""
     start, output = time.perf_counter(), Path(args.output_dir)
-    check_run(plan.template)
+    plan = replace(plan, template=args.runner.checked(plan.template))
     if seen := times_seen(plan.template):
         console.print(seen)
     with folder_lock(output, "moe-param transfer"):
@@ -122,7 +128,7 @@ def gather(args: TransferArguments, plan: Plan, console: Console) -> tuple[Losse
     while True:
         rungs, trials, jobs = jobs_of(plan, extent, args.seeds)
         done = run_all(
-            work,
+            Train(plan.devices),
             jobs,
             Path(args.output_dir) / "runs.jsonl",
             settings={key: asdict(job) for key, job in jobs.items()},

@@ -25,8 +25,8 @@ from moe_param.tuned import Tuned
 from moe_param.tuning.base import overrides_of
 from moe_param.tuning.costs import BaseRuns, base_runs, run_flops
 from moe_param.tuning.drift import Bounds, Run
-from moe_param.tuning.ledger import cores
 from moe_param.tuning.rivals import Search, Trial, init_ladder
+from moe_param.tuning.runners import LoopRunner
 from moe_param.tuning.short_run import ShortRun, short_run
 
 CONFIG = "tuned.yaml of `moe-param tune`, or any YAML file of `moe-param train`: model, text, horizon, learning rate."
@@ -82,7 +82,14 @@ class TransferArguments:
         default=None,
         metadata={"help": "Full runs of the base that finding its numbers took. Default: what tune.json says."},
     )
-    workers: int = field(default=0, metadata={"help": "Runs at a time, one thread each. 0: one per core."})
+    workers: int = field(
+        default=0,
+        metadata={"help": "Runs at a time, one thread each. 0: one per GPU, or per core where there is none."},
+    )
+    device: str = field(
+        default="auto", metadata={"help": "Where runs train: auto (every GPU, else the CPU), cpu, cuda."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 on a GPU, else float32), float32, bfloat16."})
     smallest: bool = field(default=False, metadata={"help": "A few steps, one seed; proves nothing."})
 
     def __post_init__(self) -> None:
@@ -95,7 +102,7 @@ class TransferArguments:
         self.search_at = list(dict.fromkeys(self.search_at))
         self._check()
         self.search_seeds = sorted(set(self.search_seeds)) or self.seeds[:1]
-        self.workers = self.workers or cores()
+        self.workers = self.workers or self.runner.workers()
 
     def _check(self) -> None:
         if not all(-100 < octave < 100 for octave in self.octaves):
@@ -126,6 +133,10 @@ class TransferArguments:
                 raise InputError(f"{name} is {value}: expected a number above 0")
 
     @property
+    def runner(self) -> LoopRunner:
+        return LoopRunner(self.device, self.dtype)
+
+    @property
     def bounds(self) -> Bounds:
         return Bounds(self.max_drift, self.max_regret)
 
@@ -136,7 +147,7 @@ class Plan:
 
     template: the base's own run. configs: "base" and the targets. first: the spec that the others are compared with,
     the file's unless said. shared: specs that are the first one at the base, which is run once. active: parameters that
-    a token visits, flops: of one run, both of the base and every target.
+    a token visits, flops: of one run, both of the base and every target. devices: those that runs take turns on.
     """
 
     template: ShortRun
@@ -147,6 +158,7 @@ class Plan:
     flops: Mapping[str, float]
     searches: tuple[Search, ...]
     base_runs: BaseRuns
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def first(self) -> str:
@@ -303,6 +315,7 @@ def plan_runs(args: TransferArguments, tuned: Tuned | None = None, training: Map
         flops,
         searches,
         base_runs(Path(args.config) if tuned is None else None, template.lr, args.base_runs),
+        args.runner.devices(),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoConfig, MixtralConfig
 
@@ -24,7 +25,7 @@ from moe_param.folder_lock import folder_lock
 from moe_param.structure.shape import Shape
 from moe_param.tuning import transfer as module
 from moe_param.tuning.drift import Curves, compare
-from moe_param.tuning.short_run import ShortRun
+from moe_param.tuning.short_run import Outcome, ShortRun
 from moe_param.tuning.transfer import targets
 from tests.models import BYTE_MIXTRAL
 
@@ -300,3 +301,27 @@ def test_too_little_text_and_a_folder_in_use(tmp_path: Path) -> None:
         main([str(config), "--output_dir", str(output), "--axes", "width=2"])
     with folder_lock(output, "moe-param transfer"), pytest.raises(InputError, match=r"out is in use \(moe-param tran"):
         main([str(config), "--output_dir", str(output), "--axes", "width=2", "--smallest"])
+
+
+def test_a_device_that_is_not_there_is_refused_and_every_gpu_gets_its_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: Any
+) -> None:
+    """Two GPUs as far as anyone can tell: two workers, each with its own, in bfloat16; the record says the first."""
+    world()
+    config = write(tmp_path / "tuned.yaml")
+    with pytest.raises(InputError, match="device is 'cuda': there is no GPU here"):
+        moe_param.transfer(config, ["width=2"], output_dir=tmp_path / "none", device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr("moe_param.tuning.runners.check_run", lambda run: None)
+    asked: list[ShortRun] = []
+    monkeypatch.setattr(module, "train", lambda run: (asked.append(run), Outcome(2.0, 2.0, 1.0))[1])
+    args = module.TransferArguments(str(config), axes=["width=2"])
+    assert args.workers == 2 and args.runner.devices() == ("cuda:0", "cuda:1")
+    plan = module.plan_runs(args)
+    run = args.runner.checked(plan.template)
+    assert (run.device, run.dtype) == ("cuda:0", "bfloat16")
+    for index in ("0", "1", "2"):
+        monkeypatch.setenv("MOE_PARAM_WORKER", index)
+        module.Train(plan.devices)(run, lambda share, loss: True)
+    assert [run.device for run in asked] == ["cuda:0", "cuda:1", "cuda:0"]

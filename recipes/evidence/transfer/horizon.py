@@ -29,7 +29,7 @@ from moe_param.tuning.drift import Curves
 from moe_param.tuning.ledger import cores, run_all
 from moe_param.tuning.points import split
 from moe_param.tuning.short_run import ShortRun
-from moe_param.tuning.transfer import work
+from moe_param.tuning.transfer import Train
 from recipes.evidence.transfer.bases import BASES
 from recipes.evidence.transfer.run import HERE, tuned_file, write
 
@@ -70,7 +70,7 @@ def study(base: str, args: argparse.Namespace, console: Console) -> dict[str, An
     rate, std, constants = split(found.start)
     jobs = runs_of(replace(found.run, lr=rate, init_std=std, constants=constants), args.smallest)
     done = run_all(
-        work,
+        Train(),
         jobs,
         args.runs / base / "horizon" / "runs.jsonl",
         settings={key: asdict(job) for key, job in jobs.items()},
