@@ -70,8 +70,8 @@ def search(trials: int = 40) -> dict[str, Any]:
 PAGES = {
     "tune": lambda: tune_page(search()),
     "constants": lambda: tune_page(read("docs/figures/sweep_constants.json")),
-    "axes": lambda: transfer_page(read("recipes/evidence/transfer/results/axes/transfer.json")),
-    "width": lambda: transfer_page(read("recipes/evidence/transfer/results/width/transfer.json")),
+    "axes": lambda: transfer_page(read("recipes/evidence/transfer/results/untuned_axes/transfer.json")),
+    "width": lambda: transfer_page(read("recipes/evidence/transfer/results/untuned_width/transfer.json")),
 }
 
 
@@ -201,7 +201,7 @@ def test_the_file_s_null_is_the_record_s_infinity() -> None:
     record = search()
     written = json.loads(json.dumps(record).replace("Infinity", "null"))
     assert json.dumps(written) != json.dumps(record) and html(tune_page(written)) == page_of("tune")
-    record = read("recipes/evidence/transfer/results/width/transfer.json")
+    record = read("recipes/evidence/transfer/results/untuned_width/transfer.json")
     row = record["summary"][1]
     row["losses"]["target"] = [None] * len(row["losses"]["target"])
     row |= {"drift_octaves": None, "drift_interval": None, "regret": None, "best_loss": None, "transferred": False}
@@ -220,7 +220,7 @@ def test_keys_of_later_records_have_sections_and_unknown_ones_do_no_harm() -> No
     record["best"]["of_tomorrow"], record["tomorrow"] = 1, {"a": [1]}
     text = Reader(html(tune_page(record))).text
     assert "31.0" in text and "2.5000" in text
-    record = read("recipes/evidence/transfer/results/width/transfer.json")
+    record = read("recipes/evidence/transfer/results/untuned_width/transfer.json")
     record["costs"] = [costs(20).to_dict(), costs(None).to_dict()]
     record["summary"][0] |= {"transferred": "undecided", "why": "more --seeds would tell", "regret_interval": [0, 0.03]}
     record["tomorrow"] = [{"a": 1}]
