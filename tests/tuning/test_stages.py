@@ -132,9 +132,9 @@ def test_from_a_start_that_diverges() -> None:
     ("means", "chosen"),
     [
         ({0.5: 2.0, 1: 1.9, 2: 2.0}, 1),  # steep on both sides: the best
-        ({0.5: 1.903, 1: 1.9, 2: 1.95}, 0.5),  # as good, and off the cliff
+        ({0.5: 1.903, 1: 1.9, 2: 2.02}, 0.5),  # as good, and off the cliff
         ({0.5: 1.903, 1: 1.9, 2: math.inf}, 0.5),
-        ({0.5: 1.903, 1: 1.9, 2: 1.91}, 1),  # no cliff
+        ({0.5: 1.903, 1: 1.9, 2: 1.96}, 1),  # no cliff
         ({0.5: 1.91, 1: 1.9, 2: math.inf}, 1),  # not as good
     ],
 )
