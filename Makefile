@@ -82,8 +82,8 @@ wheel: $(STAMP)  ## the wheel, into dist
 
 demo: $(STAMP)  ## tune a small base, carry its numbers to four times the width, beside a search at full size
 	$(BIN)/moe-param tune recipes/configs/demo.yaml --output_dir demo/base
-	$(BIN)/moe-param transfer demo/base/tuned.yaml --axes width=4 --specs moe-completep --octaves -3 -2 -1 0 1 \
-		--seeds 0 1 --init_stds 0.02 0.06 --output_dir demo/transfer
+	$(BIN)/moe-param transfer demo/base/tuned.yaml --axes width=4 --specs moe-completep --octaves -3 -2 -1 0 \
+		--extend 1 --seeds 0 --init_stds 0.03 0.06 --output_dir demo/transfer
 
 # On the machine with the GPU: with the Python and torch that are there, and no set-up of ours.
 #   MINUTES=9 GPU_ARGS="--only a b"   see python -m recipes.bench.gpu --help

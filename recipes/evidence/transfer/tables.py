@@ -29,11 +29,9 @@ def target_of(name: str) -> str:
     return "all four ×2" if name == JOINT else name.replace("num_experts=", "experts ×").replace("=", " ×")
 
 
-def at_the_base_s_rate(row: Record) -> float:
-    """Mean loss of the target with the best rung of the base."""
-    octaves, losses = row["octaves"], row["losses"]
-    best = min(zip(losses["base"], octaves["base"]))[1]
-    return float(losses["target"][octaves["target"].index(best)])
+def at_the_tuned_rate(row: Record, model: str) -> float:
+    """Mean loss of base or target at the rate of the file."""
+    return float(row["losses"][model][row["octaves"][model].index(0.0)])
 
 
 def ladders(study: str, results: Path) -> str:
@@ -42,15 +40,14 @@ def ladders(study: str, results: Path) -> str:
     for base, record in records(study, results).items():
         for row in record["summary"]:
             half = "" if row["drift_interval"] is None else f" ± {row['drift_interval']:.2f}"
-            high = "" if row["regret_interval"] is None else f" (≤ {row['regret_interval'][1]:.1%})"
-            kept, at_base = at_the_base_s_rate(row), min(row["losses"]["base"])
+            kept, best, at_base = at_the_tuned_rate(row, "target"), row["best_loss"], at_the_tuned_rate(row, "base")
             rows.append(
                 (
                     *(base, target_of(row["target"]), row["spec"], f"{row['drift_octaves']:+.2f}{half}"),
-                    *(f"{row['regret']:.2%}{high}", f"{kept:.3f}", f"{row['best_loss']:.3f}", f"{at_base:.3f}"),
+                    *(f"{kept:.3f}", f"{best:.3f}", f"{kept / best - 1:.2%}", f"{at_base:.3f}"),
                 )
             )
-    headings = ("base", "target", "spec", "drift (octaves)", "regret", "at the base's rate", "at its own best", "base")
+    headings = ("base", "target", "spec", "drift (octaves)", "tuned rate", "best rate", "worse by", "base, tuned rate")
     return table(headings, rows)
 
 
