@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,15 @@ from moe_param import explain
 from moe_param.balancing.selection import BalanceError, require_selection_biases
 from moe_param.fresh import departure, trained
 from moe_param.optim import groups as optim
-from moe_param.optim.adam import adam_class, adam_numbers, check_decoupled
+from moe_param.optim.adam import (
+    ADAM_ROLES,
+    OptimizerError,
+    adam_class,
+    adam_numbers,
+    check_decoupled,
+    matrix_numbers,
+)
+from moe_param.optim.muon import Muon
 from moe_param.record import FORMAT, check_plain, check_shapes, decode, encode, spans, with_vocabulary
 from moe_param.scaling.horizon import TOKENS_EXPONENT
 from moe_param.scaling.rules import ParameterizationError, Rule
@@ -81,6 +89,10 @@ class Parameterization:
             OptimizerError: no learning rate, numbers out of range, another model than the one parameterized.
             HorizonError: ratios that the square root rules do not cover.
         """
+        if self._optimizer(None) == "muon":
+            raise OptimizerError(
+                "the numbers were tuned with muon, and these are groups for Adam: optimizer(model) has muon's"
+            )
         numbers = adam_numbers(self.tuned, lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, decay=decay)
         tuned_betas = self.tuned is not None and (self.tuned.adam_beta1, self.tuned.adam_beta2) != (None, None)
         return optim.param_groups(
@@ -102,7 +114,7 @@ class Parameterization:
         self,
         model: torch.nn.Module,
         *,
-        optimizer: str | type[torch.optim.Optimizer] = "adamw",
+        optimizer: str | type[torch.optim.Optimizer] | None = None,
         adam_like: bool = False,
         lr: float | None = None,
         eps: float | None = None,
@@ -114,31 +126,40 @@ class Parameterization:
         batch_ratio: float = 1.0,
         tokens_ratio: float = 1.0,
         tokens_exponent: float = TOKENS_EXPONENT,
+        matrix_lr_ratio: float | None = None,
+        adam_roles: Collection[str] = ADAM_ROLES,
         **options: Any,
     ) -> torch.optim.Optimizer:
         """The optimizer of `model`, for a loop of your own.
 
         Args:
             model: the model that is trained, wrapped or sharded or not. Parameters that are frozen now are left out.
-            optimizer: "adamw", "adam", or a class that derives from torch's AdamW or Adam.
+            optimizer: "adamw", "adam", "muon" (AdamW for what is no matrix), or a class that derives from torch's AdamW
+                or Adam. Left out, the tuned one, else "adamw".
             adam_like: your word that another class makes Adam's update with decoupled weight decay.
             lr, eps, betas, weight_decay, decay: the base's; left out, the tuned ones, else ε 1e-12, betas (0.9, 0.95)
                 and no decay. A learning rate has no default.
             steps, base_steps, batch_ratio, tokens_ratio, tokens_exponent: see `optim.groups.param_groups`.
-            options: what the optimizer's class takes besides (fused, …).
+            matrix_lr_ratio: muon: the rate of the base's matrices, as `torch.optim.Muon` has it, over lr; left out, the
+                tuned one, else 1.
+            adam_roles: muon: roles whose matrices are left to Adam.
+            options: what the optimizer's class takes besides (fused, momentum, …).
 
         Raises:
             OptimizerError: no learning rate, an optimizer that is not Adam, numbers out of range, another model than
                 the one parameterized.
             HorizonError: ratios that the square root rules do not cover.
         """
+        optimizer = self._optimizer(optimizer)
         optimizer_class = adam_class(optimizer, adam_like)
+        matrix_lr_ratio = self._matrix_lr_ratio(optimizer_class, matrix_lr_ratio)
         numbers = adam_numbers(self.tuned, lr=lr, eps=eps, betas=betas, weight_decay=weight_decay, decay=decay)
         check_decoupled(optimizer_class, numbers.weight_decay, options)
         groups = optim.param_groups(
             self.rules,
             model,
             **asdict(numbers),
+            **matrix_numbers(optimizer_class, matrix_lr_ratio, adam_roles, batch_ratio),
             steps=steps,
             base_steps=base_steps,
             batch_ratio=batch_ratio,
@@ -148,8 +169,17 @@ class Parameterization:
         options.update(lr=numbers.lr, eps=numbers.eps, betas=numbers.betas, weight_decay=numbers.weight_decay)
         return optimizer_class(groups, **options)
 
+    def _optimizer(self, given: str | type[torch.optim.Optimizer] | None) -> str | type[torch.optim.Optimizer]:
+        """As given, else as tuned, else AdamW."""
+        return given or (self.tuned and self.tuned.optimizer) or "adamw"
+
+    def _matrix_lr_ratio(self, optimizer_class: type[torch.optim.Optimizer], given: float | None) -> float | None:
+        """As given, else as tuned, where the optimizer is the one it was tuned with."""
+        tuned = self.tuned.matrix_lr_ratio if self.tuned and issubclass(optimizer_class, Muon) else None
+        return tuned if given is None else given
+
     def optimizer_factory(
-        self, optimizer: str | type[torch.optim.Optimizer] = "adamw", *, adam_like: bool = False
+        self, optimizer: str | type[torch.optim.Optimizer] | None = None, *, adam_like: bool = False
     ) -> type:
         """A class for `Trainer(optimizer_cls_and_kwargs=(factory, kwargs))`; kwargs are the arguments of `optimizer`.
 
@@ -160,6 +190,7 @@ class Parameterization:
         Raises:
             OptimizerError: an optimizer that is not Adam.
         """
+        optimizer = self._optimizer(optimizer)
         optimizer_class = adam_class(optimizer, adam_like)
 
         class Factory:
@@ -173,7 +204,7 @@ class Parameterization:
         self,
         args: TrainingArguments,
         *,
-        optimizer: str | type[torch.optim.Optimizer] = "adamw",
+        optimizer: str | type[torch.optim.Optimizer] | None = None,
         clip: float | None = None,
         balance: Rate | Mapping[str, Any] | TrainerCallback | None = None,
         adam_like: bool = False,
@@ -187,6 +218,8 @@ class Parameterization:
         batch_ratio: float = 1.0,
         tokens_ratio: float = 1.0,
         tokens_exponent: float = TOKENS_EXPONENT,
+        matrix_lr_ratio: float | None = None,
+        adam_roles: Collection[str] = ADAM_ROLES,
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> dict[str, Any]:
@@ -198,7 +231,7 @@ class Parameterization:
 
         Args:
             args: of the Trainer. max_grad_norm must be 0, optim left alone or "adamw_torch".
-            optimizer, adam_like, options: see `optimizer`.
+            optimizer, adam_like, matrix_lr_ratio, adam_roles, options: see `optimizer`.
             clip: threshold of `ScaleFreeClipping`; inf only logs the norm.
             balance: a rate, the arguments of `LoadBalancingCallback`, or a callback.
             lr, eps, betas, weight_decay, decay: of the base, see above.
@@ -222,6 +255,7 @@ class Parameterization:
         from moe_param.optim.clipping import ScaleFreeClipping
 
         check_arguments(args)
+        optimizer = self._optimizer(optimizer)
         optimizer_class = adam_class(optimizer, adam_like)
         if isinstance(balance, Mapping):
             balance = LoadBalancingCallback(**balance)
@@ -248,6 +282,8 @@ class Parameterization:
         }
         check_decoupled(optimizer_class, numbers["weight_decay"], options)
         optim.check_numbers(**numbers)
+        matrix_lr_ratio = self._matrix_lr_ratio(optimizer_class, matrix_lr_ratio)
+        matrices = matrix_numbers(optimizer_class, matrix_lr_ratio, adam_roles, batch_ratio)
         for name, number in taken.items():  # so that what the Trainer reports is what it trains with
             setattr(args, name, number)
         fused = str(getattr(args.optim, "value", args.optim)) == "adamw_torch_fused" and isinstance(optimizer, str)
@@ -255,13 +291,13 @@ class Parameterization:
             options.setdefault("fused", True)  # as Trainer does
 
         def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-            return self.param_groups(model, **numbers)
+            return optim.param_groups(self.rules, model, **numbers, **matrices)
 
         callbacks = [ReloadExpertsCallback(resume_from), AgreementCallback(taken, groups), clipping, balance]
         return {
             "optimizer_cls_and_kwargs": (
                 self.optimizer_factory(optimizer_class, adam_like=adam_like),
-                {**numbers, **options},
+                {**numbers, "matrix_lr_ratio": matrix_lr_ratio, "adam_roles": adam_roles, **options},
             ),
             "callbacks": [callback for callback in callbacks if callback is not None],
         }

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from moe_param.optim.groups import check_adapters
 from moe_param.scaling.rules import ParameterizationError, Rule
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.matrices import Matrices
 from moe_param.structure.shape import ShapeError
 
 FORMAT = 1
@@ -90,6 +91,9 @@ def encode(rule: Rule) -> dict[str, Any]:
     values = {k: v for k, v in asdict(rule).items() if k != "init"}
     values["shape"], values["folded"] = list(rule.shape), list(rule.folded)
     values["init"] = {k: v for k, v in asdict(rule.init).items() if v != 0.0}
+    if rule.matrices is not None:
+        values["matrices"]["parts"] = list(rule.matrices.parts)
+    values["muon"] = None if rule.muon is None else list(rule.muon)
     return values
 
 
@@ -97,6 +101,10 @@ def decode(entry: Mapping[str, Any]) -> Rule:
     values = {k: v for k, v in entry.items() if k not in ("parameter", "layers")}
     values["shape"], values["folded"] = tuple(values["shape"]), tuple(values["folded"])
     values["init"] = InitLaw(**values["init"])
+    if values.get("matrices") is not None:
+        values["matrices"] = Matrices(**{**values["matrices"], "parts": tuple(values["matrices"]["parts"])})
+    if values.get("muon") is not None:
+        values["muon"] = tuple(values["muon"])
     return Rule(**values)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import check_known, parse_sizes
+from moe_param.optim.adam import ADAMS
 from moe_param.optim.groups import DECAYS
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.scaling_config import scale_config, without_records
@@ -30,7 +31,8 @@ class TunedNumbers:
     """What was found at the base for the optimizer, under the names of `TrainingArguments`. None: nothing was said.
 
     learning_rate: peak rate of the base. adam_epsilon, adam_beta1, adam_beta2, weight_decay: of its AdamW. decay:
-    what of weight_decay stays constant (`moe_param.optim.groups.DECAYS`).
+    what of weight_decay stays constant (`moe_param.optim.groups.DECAYS`). optimizer, matrix_lr_ratio: see
+    `Parameterization.optimizer`.
     """
 
     learning_rate: float | None = None
@@ -39,6 +41,8 @@ class TunedNumbers:
     adam_beta2: float | None = None
     weight_decay: float | None = None
     decay: str | None = None
+    optimizer: str | None = None
+    matrix_lr_ratio: float | None = None
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> TunedNumbers:
@@ -56,6 +60,8 @@ class TunedNumbers:
                 raise TunedError(f"{name} must be at least {least:g} and below {below:g}, got {found[name]:g}")
         if found["decay"] not in (None, *DECAYS):
             raise TunedError(f"decay {found['decay']!r} is not a convention: choose one of {', '.join(DECAYS)}")
+        if found["optimizer"] not in (None, *ADAMS):
+            raise TunedError(f"optimizer {found['optimizer']!r} is not one of {', '.join(ADAMS)}")
         return cls(**found)
 
 
@@ -72,6 +78,7 @@ _RANGES = {
     "adam_beta1": (0.0, 1.0),
     "adam_beta2": (0.0, 1.0),
     "weight_decay": (0.0, math.inf),
+    "matrix_lr_ratio": (sys.float_info.min, math.inf),
 }
 
 

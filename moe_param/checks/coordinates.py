@@ -28,7 +28,7 @@ from moe_param.checks.verdicts import Slope, Status, Verdict, fit, judge, overal
 from moe_param.corpus import byte_windows, stdlib_files
 from moe_param.errors import MoeParamError
 from moe_param.ledger import append, read_finished
-from moe_param.naming import nearest
+from moe_param.naming import check_known, nearest
 from moe_param.scaling.spec import DEFAULT_SPEC, ScalingSpec
 from moe_param.structure.scaling_config import scale_config
 from moe_param.structure.shape import AXES, Shape, ShapeError
@@ -133,6 +133,8 @@ def coord_check(
     batch: torch.Tensor | None = None,
     init_std: float | None = None,
     constants: Mapping[str, Mapping[str, float]] | None = None,
+    optimizer: str = "adamw",
+    matrix_lr_ratio: float | None = None,
     processes: int = 1,
     resume: str | Path | None = None,
     model_class: type[PreTrainedModel] | None = None,
@@ -147,7 +149,8 @@ def coord_check(
             expert_size.
         factors: at least two.
         spec, init_std, constants: as in `moe_param.apply`.
-        steps, seeds, lr, eps: AdamW steps on one batch, number of initializations, and one learning rate for all.
+        steps, seeds, lr, eps: steps on one batch, number of initializations, and one learning rate for all.
+        optimizer, matrix_lr_ratio: as in `Parameterization.optimizer`: "adamw", or "muon".
         batch: (batch, length) token ids to train and measure on. By default text, which a seed draws from the Python
             standard library, as bytes: random ids have nothing to learn that stays, and pass wrong rules.
         processes: at most one per core is used.
@@ -161,6 +164,7 @@ def coord_check(
         ShapeError, StructureError, …: as `scale_config` and `apply`.
     """
     _check_numbers(axis, factors, steps, seeds, lr)
+    check_known((optimizer,), ("adamw", "muon"), "optimizer", "optimizer", CoordCheckError)
     table = ScalingSpec.load(spec)
     model_class = model_class or model_class_for(config)
     base = replace(base_shape, head_dim=None)
@@ -174,7 +178,10 @@ def coord_check(
             raise CoordCheckError(f"{axis} × {factor:g}: {error}") from error
         plan(model_class, scaled, base, spec=table, init_std=init_std, constants=constants)  # or refuses
         runs += [
-            Run(model_class, scaled, base, table, factor, seed, steps, lr, eps, ids, init_std, constants)
+            Run(
+                *(model_class, scaled, base, table, factor, seed, steps, lr, eps, ids, init_std, constants),
+                *(optimizer, matrix_lr_ratio),
+            )
             for seed, ids in enumerate(batches)
         ]
     records = _run_all(runs, processes, Path(resume) if resume else None, progress)

@@ -59,6 +59,8 @@ class Run:
     batch: torch.Tensor  # (batch, length) ids
     init_std: float | None = None
     constants: Mapping[str, Mapping[str, float]] | None = None
+    optimizer: str = "adamw"
+    matrix_lr_ratio: float | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -75,6 +77,7 @@ class Run:
                 "steps": [self.steps, self.lr, self.eps],
                 "batch": [list(self.batch.shape), hashlib.sha256(self.batch.cpu().numpy().tobytes()).hexdigest()],
                 "constants": [self.init_std, self.constants],
+                **({} if self.optimizer == "adamw" else {"optimizer": [self.optimizer, self.matrix_lr_ratio]}),
                 "dtype": str(torch.get_default_dtype()),
                 "versions": [torch.__version__, transformers.__version__, moe_param.__version__],
             }
@@ -94,10 +97,10 @@ def measure(run: Run) -> dict[str, Any]:
         model, run.base_shape, spec=run.spec, seed=run.seed, init_std=run.init_std, constants=run.constants
     )
     head = _head(model, run.seed)
-    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps)
+    numbers: dict[str, Any] = {"matrix_lr_ratio": run.matrix_lr_ratio} if run.optimizer == "muon" else {}
+    optimizer = parameterization.optimizer(model, optimizer=run.optimizer, lr=run.lr, eps=run.eps, **numbers)
     if head is not None:
-        groups.append({"params": [head.weight], "lr": run.lr, "eps": run.eps})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        optimizer.add_param_group({"params": [head.weight], "lr": run.lr, "eps": run.eps})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     watch = Watch(model, parameterization, head)
     initial = watch.run(run.batch)

@@ -40,9 +40,13 @@ class CoordCheckArguments:
     spec: str | None = field(
         default=None, metadata={"help": "Parameterization: a preset or a YAML file. Default: moe-completep."}
     )
-    steps: int = field(default=5, metadata={"help": "AdamW steps."})
+    steps: int = field(default=5, metadata={"help": "Optimizer steps."})
     seeds: int = field(default=5, metadata={"help": "Initializations and texts; more of them narrow the intervals."})
     lr: float = field(default=2**-8, metadata={"help": "The one learning rate of all runs."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon: for matrices, AdamW for the rest."})
+    matrix_lr_ratio: float | None = field(
+        default=None, metadata={"help": "muon: the base's rate of matrices over lr. Default: 1."}
+    )
     tokens: str | None = field(
         default=None,
         metadata={
@@ -90,6 +94,8 @@ def main(argv: Sequence[str]) -> int:
                 steps=args.steps,
                 seeds=args.seeds,
                 lr=args.lr,
+                optimizer=args.optimizer,
+                matrix_lr_ratio=args.matrix_lr_ratio,
                 batch=batch,
                 processes=args.processes,
                 resume=out / "finished.jsonl",

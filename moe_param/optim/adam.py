@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_param.errors import MoeParamError
+from moe_param.naming import check_known
+from moe_param.optim.muon import Muon
+from moe_param.structure.adapters import MATRICES
 
 if TYPE_CHECKING:
     from moe_param.tuned import TunedNumbers
@@ -20,8 +25,9 @@ real gradients: Adam's update then depends on their length, and numbers found wi
 DEFAULT_BETAS = (0.9, 0.95)
 """β1 and β2 at the base where nobody says others (arXiv:2601.20205, training settings); torch's are (0.9, 0.999)."""
 
-ADAMS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
-"""Optimizers by name. The rules fold multipliers into Adam's update, which does not depend on the gradient's length."""
+ADAMS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "muon": Muon}
+"""Optimizers by name. The rules fold multipliers into Adam's update, which does not depend on the gradient's length;
+neither does Muon's."""
 
 
 class OptimizerError(MoeParamError):
@@ -86,6 +92,11 @@ def adam_class(optimizer: str | type[torch.optim.Optimizer], adam_like: bool = F
     Raises:
         OptimizerError: anything else. SGD, RMSprop, Lion or Adafactor need rules that we do not have.
     """
+    if optimizer is torch.optim.Muon:
+        raise OptimizerError(
+            "torch.optim.Muon takes two-dimensional weights only, and scales its updates in ways that do not transfer "
+            "across width: say optimizer='muon', which is torch's at the base"
+        )
     known = f"optimizer {optimizer!r} is not one that the rules hold for: {', '.join(map(repr, ADAMS))}"
     if isinstance(optimizer, str):
         if optimizer.lower() not in ADAMS:
@@ -107,6 +118,42 @@ def adam_class(optimizer: str | type[torch.optim.Optimizer], adam_like: bool = F
             "weight decay under another name, say adam_like=True"
         )
     return optimizer
+
+
+ADAM_ROLES = ("router",)
+"""Roles of matrices that Adam trains beside Muon unless one says otherwise. Public recipes have routers on either."""
+
+
+def matrix_numbers(
+    optimizer_class: type[torch.optim.Optimizer],
+    matrix_lr_ratio: float | None,
+    adam_roles: Collection[str],
+    batch_ratio: float,
+) -> dict[str, Any]:
+    """What `param_groups` is told of matrices: nothing for Adam.
+
+    Raises:
+        OptimizerError: a rate that is none, or one though the optimizer is Adam; a role that has no matrices; another
+            batch than the base's, for which Muon has no rule.
+    """
+    if not issubclass(optimizer_class, Muon):
+        if matrix_lr_ratio is not None:
+            raise OptimizerError(
+                f"matrix_lr_ratio is {matrix_lr_ratio}: only optimizer='muon' has a rate for matrices, leave it out"
+            )
+        return {}
+    check_known(adam_roles, MATRICES, "role", "adam_roles", OptimizerError)
+    ratio = 1.0 if matrix_lr_ratio is None else matrix_lr_ratio
+    if not 0 < ratio < math.inf:
+        raise OptimizerError(
+            f"matrix_lr_ratio is {ratio}: expected a number above 0, the base's rate of matrices over lr"
+        )
+    if batch_ratio != 1.0:
+        raise OptimizerError(
+            f"batch_ratio is {batch_ratio:g}: how Muon's rate and momentum change with the batch is not known. Keep "
+            "the base's batch, or tune with this one"
+        )
+    return {"matrix_lr_ratio": ratio, "matrix_roles": [role for role in MATRICES if role not in adam_roles]}
 
 
 def check_decoupled(optimizer_class: type[torch.optim.Optimizer], weight_decay: float, options: dict[str, Any]) -> None:

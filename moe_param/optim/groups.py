@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,6 +93,8 @@ def param_groups(
     tokens_ratio: float = 1.0,
     tokens_exponent: float = TOKENS_EXPONENT,
     betas: tuple[float, float] | None = None,
+    matrix_lr_ratio: float = 1.0,
+    matrix_roles: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Adam groups: parameters with equal factors share a group; the group that Trainer logs (the first) has ratio 1.
 
@@ -108,6 +111,8 @@ def param_groups(
         batch_ratio, tokens_ratio: tokens per step and tokens of the run over the base's; 1 is off. They scale lr, eps,
             betas, and with "independent" also weight decay, by `moe_param.scaling.horizon.horizon_factors`.
         tokens_exponent: lr ∝ tokens^−this; 0, the paper's finding, leaves everything as it is along tokens.
+        matrix_roles: roles whose matrices `moe_param.optim.muon.Muon` makes orthogonal; their groups hold `matrices`.
+        matrix_lr_ratio: the base's rate of those over lr.
 
     Returns:
         Groups with `params`, `names` (in the same order), `lr`, `eps`, `weight_decay` and, if given, `betas`.
@@ -130,7 +135,11 @@ def param_groups(
     )
     weight_decay *= factor
     groups: dict[Any, dict[str, Any]] = {}
+    orthogonal: dict[Any, dict[str, Any]] = {}
     for name, parameter, rule in trained(rules, model):
+        if rule.role in matrix_roles and len(rule.shape) > 1:
+            _add_matrices(orthogonal, name, parameter, rule, bool(weight_decay))
+            continue
         factors = tuple(float(f"{x:.12g}") for x in (rule.lr, rule.eps, rule.weight_decay if weight_decay else 0.0))
         group = groups.setdefault((factors, mesh_of(parameter)), {"params": [], "names": [], "factors": factors})
         group["params"].append(parameter)
@@ -145,7 +154,35 @@ def param_groups(
         )
         if betas is not None:
             group["betas"] = horizon.betas(betas)
-    return ordered
+    for group in orthogonal.values():
+        factor, decayed = group.pop("factors")
+        group["lr"] = lr * matrix_lr_ratio * horizon.lr * factor
+        group.update(eps=eps, weight_decay=weight_decay / factor if decayed else 0.0)
+        if betas is not None:
+            group["betas"] = betas
+    return [*ordered, *orthogonal.values()]
+
+
+def _add_matrices(groups: dict[Any, Any], name: str, parameter: torch.nn.Parameter, rule: Rule, decay: bool) -> None:
+    """Puts a parameter into the group of its rate; the group's is that of its first part.
+
+    Raises:
+        OptimizerError: there is no rule for it, or it is not known which matrices it holds.
+    """
+    if rule.muon is None or rule.matrices is None:
+        why = (
+            rule.no_muon or "the rules were recorded by an older version: apply(model, base, reinit=False) renews them"
+        )
+        raise OptimizerError(
+            f"{name} ({rule.role}) cannot be made orthogonal: {why}. Leave its role to Adam (adam_roles)"
+        )
+    factor = float(f"{rule.muon[0]:.12g}")
+    scales = [float(f"{part / rule.muon[0]:.12g}") for part in rule.muon]
+    key = factor, decay and bool(rule.weight_decay), mesh_of(parameter)
+    group = groups.setdefault(key, {"params": [], "names": [], "matrices": [], "factors": key[:2]})
+    group["params"].append(parameter)
+    group["names"].append(name)
+    group["matrices"].append({**asdict(rule.matrices), "parts": list(rule.matrices.parts), "scales": scales})
 
 
 def check_numbers(

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_param.errors import MoeParamError
-from moe_param.scaling.spec import SHAPE_DIMENSIONS, ScalingSpec
+from moe_param.scaling.spec import SHAPE_DIMENSIONS, RoleRule, ScalingSpec
 from moe_param.structure.adapters import COARSER
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.matrices import Matrices
 from moe_param.structure.roles import LEFT_ALONE, UNTRAINED, Info, Structure
 
 
@@ -34,6 +35,8 @@ class Rule:
     it (1: none), folded: from which sites. fan_in, fan_in_base: of the contraction it takes part in, None for vectors.
     share: how many elements of the base one element stands for, over all layers of its kind; None in records that
     older versions wrote.
+    matrices: those it holds, and muon: the factor on the learning rate of an orthogonalized update of each of their
+    parts, √max(1, fan_out / fan_in) of the base's included; None where there is no rule, and why in `no_muon`.
     """
 
     role: str
@@ -48,6 +51,9 @@ class Rule:
     fan_in_base: int | None = None
     padding: int | None = None
     share: float | None = None
+    matrices: Matrices | None = None
+    muon: tuple[float, ...] | None = None
+    no_muon: str = ""
 
     @property
     def init_std(self) -> float | None:
@@ -190,8 +196,28 @@ def _rule(
         weight_decay=1.0 / lr if row.decay and matrix else 0.0,
         multiplier=multiplier,
         folded=tuple(factors),
+        matrices=info.matrices,
+        muon=_muon(row, pair, own_constants.get("lr", 1.0) * multiplier),
+        no_muon=info.unclear or (f"spec {spec.name} has no rule for it" if info.matrices and row.muon is None else ""),
         **fans,
     )
+
+
+def _muon(row: RoleRule, pair: _Pair, factor: float) -> tuple[float, ...] | None:
+    """The factor on the rate of each part's orthogonalized update; `factor`: constant and folded multiplier.
+
+    An orthogonalized update does not see the size of the gradient, so that a multiplier a that is folded into the
+    weight, w' = a·w, asks for a times the rate, as with Adam. At the base the factor is torch's own,
+    √max(1, fan_out / fan_in), and from there it goes by the row.
+    """
+    ours, theirs, info = pair.target.matrices, pair.base.matrices, pair.target
+    if row.muon is None or ours is None or theirs is None or not info.fan_out or not pair.base.fan_out:
+        return None
+    found = []
+    for part, part_base in zip(ours.fan_outs(info.fan_out), theirs.fan_outs(pair.base.fan_out), strict=True):
+        ratios = replace(pair.ratios, fan_out=part / part_base)
+        found.append(factor * ratios.scale(row.muon) * math.sqrt(max(1.0, part_base / (pair.base.fan_in or 1))))
+    return tuple(found)
 
 
 def _linear_eps(spec: ScalingSpec, linear: _Pair) -> float:

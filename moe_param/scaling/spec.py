@@ -31,7 +31,8 @@ DEFAULT_SPEC = "moe-completep"
 """The preset of arXiv:2601.20205."""
 
 _KEYS = ("name", "source", "extends", "init", "fixed", "multipliers", "roles")
-_ROW_KEYS = ("init_std", "lr", "eps", "decay", "source")
+_ROW_KEYS = ("init_std", "lr", "eps", "decay", "source", "muon")
+_MUON_KEYS = ("lr",)
 
 Exponents = Mapping[str, float]
 
@@ -48,6 +49,7 @@ class RoleRule:
     """One row: exponents of init std, Adam learning rate and Adam epsilon, unfolded, and whether it is decayed.
 
     eps is the expected gradient RMS; None (written `linear`) takes the row of the linear or norm a bias belongs to.
+    muon: exponents of the learning rate of an orthogonalized update; None: there is no rule for that.
     """
 
     init_std: Exponents
@@ -55,6 +57,7 @@ class RoleRule:
     eps: Exponents | None
     decay: bool
     source: str
+    muon: Exponents | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class ScalingSpec:
                 "eps": "linear" if row.eps is None else dict(row.eps),
                 "decay": row.decay,
                 "source": row.source,
+                **({} if row.muon is None else {"muon": {"lr": dict(row.muon)}}),
             }
             for role, row in self.roles.items()
         }
@@ -194,7 +198,16 @@ def _row(row: Any, where: str, parent: Mapping[str, Any]) -> RoleRule:
         eps=None if values["eps"] == "linear" else _exponents(values["eps"], f"{where}.eps"),
         decay=values["decay"],
         source=source,
+        muon=_muon(values["muon"], f"{where}.muon") if "muon" in values else None,
     )
+
+
+def _muon(value: Any, where: str) -> dict[str, float]:
+    """What a row says for orthogonalized updates: {lr: exponents}."""
+    value = _mapping(value, _MUON_KEYS, "key", where)
+    if "lr" not in value:
+        raise SpecError(f"{where}: the key 'lr' is missing (lr: {{fan_out: 0.5, fan_in: -0.5}})")
+    return _exponents(value["lr"], f"{where}.lr")
 
 
 def _exponents(value: Any, where: str) -> dict[str, float]:

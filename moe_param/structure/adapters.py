@@ -43,6 +43,12 @@ ROLES = (
 )
 """Roles of trained parameters: those a scaling table has a row for. `frozen` and `selection_bias` have none."""
 
+MATRICES = (
+    *("attention_in", "attention_value", "attention_out", "router", "expert_up", "expert_down"),
+    *("shared_up", "shared_down", "dense_up", "dense_down"),
+)
+"""Roles whose parameters are matrices that an optimizer may treat as such."""
+
 COARSER = {"attention_value": "attention_in"}
 """A finer role -> the one whose row and constants hold for it too, where a table or a user says nothing of it alone."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from moe_param.errors import MoeParamError
 from moe_param.structure.flow import Origin
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.matrices import Piece
 
 
 class StructureError(MoeParamError):
@@ -96,6 +97,7 @@ class Trace:
     used: what the pass computed with. pickers: modules that ask for the positions at which a mask is true.
     stacked: leading size of a 2-D weight that was viewed as a stack of matrices.
     feeds: weight -> the weights whose products, further on, went into a product with it.
+    pieces: weight -> what its product is taken apart into before anything else happens to it.
     factors: where both sides of every product of two activations came from.
     """
 
@@ -110,6 +112,7 @@ class Trace:
     pickers: set[str] = field(default_factory=set)
     stacked: dict[str, int] = field(default_factory=dict)
     feeds: dict[str, frozenset[str]] = field(default_factory=dict)
+    pieces: dict[str, tuple[Piece, ...]] = field(default_factory=dict)
     factors: set[Origin] = field(default_factory=set)
     branches: list[Branch] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)

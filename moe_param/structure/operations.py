@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 from moe_param.structure.flow import (
@@ -27,6 +28,7 @@ from moe_param.structure.flow import (
     power,
     times,
 )
+from moe_param.structure.matrices import Piece
 from moe_param.structure.observations import Attention, Branch, Choice, Trace
 
 
@@ -97,6 +99,7 @@ def result_of(call: Call) -> Flow:
 def combine(call: Call) -> Flow:
     """The result is a sum of the arguments, or one of them, possibly rearranged."""
     if len(call.known) == 1:
+        _record_pieces(call, call.known[0])
         return call.known[0]
     weights = [f for f in call.known if isinstance(f, Weight)]
     if len(weights) == len(call.known):
@@ -108,6 +111,29 @@ def combine(call: Call) -> Flow:
     if len(streams) < len(call.known):  # joined with something else
         return Activation(origin=origin)
     return Stream(origin=origin, scaled=any(f.scaled for f in streams))
+
+
+def _record_pieces(call: Call, flow: Flow) -> None:
+    """What a product with one weight is taken apart into, along what that weight makes."""
+    if call.op not in ("split", "split_with_sizes", "slice") or not isinstance(flow, Activation):
+        return
+    made_by, tensor = flow.origin.weights, call.args[0]
+    name = next(iter(made_by), "")
+    if len(made_by) != 1 or flow.origin.passed - {"clamp"} or tensor.shape[-1] != call.trace.fan_out.get(name):
+        return
+    size = int(tensor.shape[-1])
+    pieces: tuple[Piece, ...]
+    if call.op == "slice":
+        given: list[Any] = [*call.args[1:], *[0, 0, size, 1][len(call.args) - 1 :]]
+        dim, step, stop = given[0], int(given[3]), size if given[2] is None else int(given[2])
+        pieces = ((int(given[1] or 0) % size, min(stop, size), step),)
+    else:
+        dim = call.args[2] if len(call.args) > 2 else 0
+        sizes = call.args[1]
+        cuts = list(range(0, size, sizes)) if isinstance(sizes, int) else list(accumulate(sizes, initial=0))[:-1]
+        pieces = tuple((cut, end, 1) for cut, end in zip(cuts, [*cuts[1:], size]))
+    if dim % tensor.dim() == tensor.dim() - 1 and pieces != ((0, size, 1),):
+        call.trace.pieces[name] = tuple(dict.fromkeys((*call.trace.pieces.get(name, ()), *pieces)))
 
 
 @operation("view", "_unsafe_view")

@@ -122,7 +122,18 @@ class Repeats:
         return sent
 
 
-_OF_NAMES = ("fan_in", "fan_out", "embeddings", "gains", "offset_gains", "used", "pickers", "stacked", "feeds")
+_OF_NAMES = (
+    "fan_in",
+    "fan_out",
+    "embeddings",
+    "gains",
+    "offset_gains",
+    "used",
+    "pickers",
+    "stacked",
+    "feeds",
+    "pieces",
+)
 """What a trace keeps by the name of a parameter or a module."""
 
 _OF_LAYERS = ("branches", "attentions", "choices")

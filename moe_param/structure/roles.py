@@ -14,9 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.errors import MoeParamError
 from moe_param.naming import check_known
-from moe_param.structure.adapters import adapter_for
+from moe_param.structure.adapters import MATRICES, adapter_for
 from moe_param.structure.dispatch import find_layers, is_experts, text_part
 from moe_param.structure.laws import InitLaw
+from moe_param.structure.matrices import Matrices, arrangement
 from moe_param.structure.observations import StructureError, Trace
 from moe_param.structure.shape import Shape, measure
 from moe_param.structure.trace import shared_trace
@@ -45,6 +46,7 @@ class Info:
     head_dim, scaling: of the attention whose queries it makes; the model's own factor on query·key.
     padding: row of an embedding that stays zero.
     undo: {dimension: exponent} of a factor in the family's own forward pass that is taken back.
+    matrices: those it holds; None where it is no matrix, and, with a reason in `unclear`, where that cannot be told.
     """
 
     role: str
@@ -61,6 +63,8 @@ class Info:
     scaling: float | None = None
     padding: int | None = None
     undo: Mapping[str, float] = field(default_factory=dict)
+    matrices: Matrices | None = None
+    unclear: str = ""
 
 
 @dataclass(frozen=True)
@@ -337,6 +341,7 @@ class _Reader:
         owner = self.modules[name.rpartition(".")[0]]
         sites = self.sites(name)
         attention = self.queries.get(name)
+        matrices = self.matrices(name, role)
         return Info(
             role=role,
             shape=trace.shapes[name],
@@ -352,6 +357,8 @@ class _Reader:
             scaling=attention.scaling if attention else None,
             padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
             undo=self.undo(name, role, sites),
+            matrices=matrices if isinstance(matrices, Matrices) else None,
+            unclear=matrices if isinstance(matrices, str) else "",
         )
 
     def sites(self, name: str) -> frozenset[str]:
@@ -388,6 +395,36 @@ class _Reader:
         # never run: (…, out, in), or (experts, in, out) where experts are transposed
         transposed = getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False)
         return shape[-2] if transposed == (which == "fan_in") else shape[-1]
+
+    def matrices(self, name: str, role: str) -> Matrices | str | None:
+        """The matrices of a parameter of a matrix's role, or why they cannot be told."""
+        fan_in, fan_out = self.fan(name, role, "fan_in"), self.fan(name, role, "fan_out")
+        shape = self.trace.shapes[name]
+        if role not in MATRICES or not fan_in or not fan_out or len(shape) not in (2, 3):
+            return None
+        copies = math.prod(shape) // (fan_in * fan_out)
+        one = (shape[0] // copies, shape[1]) if len(shape) == 2 else shape[1:]
+        if math.prod(one) != fan_in * fan_out or sorted(one) != sorted((fan_in, fan_out)):
+            return f"its shape {shape} is no stack of matrices {fan_out} × {fan_in}"
+        owner, transposed = self.modules[name.rpartition(".")[0]], one != (fan_out, fan_in)
+        if fan_in == fan_out:
+            transposed = bool(getattr(owner, "is_transposed", False))
+        if name not in self.trace.used and role.endswith("_up") and getattr(owner, "has_gate", False):
+            # Never run: what transformers' experts interface says of it.
+            return Matrices(copies, transposed, (fan_out // 2,) * 2, not owner.is_concatenated)
+        if not self.fused(name, role, fan_out):
+            return Matrices(copies, transposed)
+        found = arrangement(self.trace.pieces.get(name, ()), fan_out)
+        if found is None:
+            return "it makes several things at once, and it was not seen which of its rows make which"
+        return Matrices(copies, transposed, *found)
+
+    def fused(self, name: str, role: str, fan_out: int) -> bool:
+        """Whether it makes queries and keys, or gate and up, at once."""
+        if role.endswith("_up"):
+            pieces = self.trace.pieces.get(name, ())
+            return bool(pieces) or any(router.size * 2 == fan_out for router in self.trace.routers if name in router.up)
+        return any({name} == set(a.sources) or (name in a.query and name in a.key) for a in self.trace.attentions)
 
     def kinds(self, parameters: dict[str, Info], config: PretrainedConfig) -> tuple[Any, ...]:
         types = getattr(config.get_text_config(), "layer_types", None)

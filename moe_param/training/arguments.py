@@ -151,6 +151,10 @@ class PretrainArguments(TrainingArguments):
             "help": "What of weight_decay stays constant: independent (lr·λ), ema (lr·λ·steps, needs base_steps), none."
         },
     )
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, or muon: for matrices, AdamW for the rest."})
+    matrix_lr_ratio: float | None = field(
+        default=None, metadata={"help": "muon: the base's rate of matrices over learning_rate. Default: 1."}
+    )
     base_steps: int | None = field(default=None, metadata={"help": "Steps of the base's run, for decay 'ema'."})
     batch_ratio: float = field(
         default=1.0, metadata={"help": "Tokens per step over the base's: scales lr, eps, betas, decay. 1 is off."}

@@ -183,6 +183,8 @@ def optimizer_numbers(args: PretrainArguments, horizon: Horizon) -> dict[str, An
         "tokens_exponent": args.tokens_exponent,
         "base_steps": args.base_steps,
         "steps": horizon.steps if args.decay == "ema" else None,
+        "optimizer": args.optimizer,
+        "matrix_lr_ratio": args.matrix_lr_ratio,
     }
 
 
@@ -203,7 +205,7 @@ def check_rules(
             constants=model_args.constants or None,  # type: ignore[arg-type]
             allow_sparsity_change=model_args.allow_sparsity_change,
         )
-    rules.param_groups(model, **numbers)
+    rules.optimizer(model, **numbers)
 
 
 # -- the folder ------------------------------------------------------------------------------------------------------
@@ -400,7 +402,10 @@ def build_trainer(
             processing_class=data.tokenizer.hf if isinstance(data.tokenizer, HFTokenizer) else None,
             clipping=None if args.clip is None else Clipping(parameterization, args.clip),
             callbacks=[MetricsFile(output, horizon.tokens_per_step)],
-            optimizer_cls_and_kwargs=(parameterization.optimizer_factory(torch.optim.AdamW), numbers),
+            optimizer_cls_and_kwargs=(
+                parameterization.optimizer_factory(args.optimizer),
+                {name: value for name, value in numbers.items() if name != "optimizer"},
+            ),
         )
 
 

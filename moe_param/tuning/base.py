@@ -27,6 +27,7 @@ TRAINING = (
     *("warmup_tokens", "warmup_steps", "decay_tokens", "lr_scheduler_type", "lr_scheduler_kwargs"),
     *("balance_rate", "balance_rule", "inject_bias"),
     *("weight_decay", "decay", "base_steps", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("optimizer", "matrix_lr_ratio"),
 )
 TEXT = ("seq_len", "tokenizer", "validation_blocks")  # likewise; of the rest, what is not the default
 OURS = ("learning_rate", "output_dir", "resume", *(f.name for f in fields(ModelArguments)), *TRAINING)

@@ -23,6 +23,8 @@ class ShortRun:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-12
     weight_decay: float = 0.0
+    optimizer: str = "adamw"  # or "muon"
+    matrix_lr_ratio: float | None = None  # muon: the rate of matrices over lr
     init_std: float | None = None  # default: the config's
     constants: dict[str, dict[str, float]] | None = None  # per role, as `moe_param.apply` takes them
     seed: int = 0

@@ -81,6 +81,8 @@ def short_run(
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         weight_decay=training.weight_decay,
+        optimizer=training.optimizer,
+        matrix_lr_ratio=training.matrix_lr_ratio,
         init_std=model.init_std,
         constants=model.constants or None,  # type: ignore[arg-type]
         validation_blocks=data.validation_blocks,
@@ -151,8 +153,16 @@ def build(run: ShortRun) -> tuple[PreTrainedModel, Parameterization]:
 
 
 def optimizer_for(run: ShortRun, model: PreTrainedModel, parameterization: Parameterization) -> torch.optim.Optimizer:
-    groups = parameterization.param_groups(model, lr=run.lr, eps=run.eps, weight_decay=run.weight_decay)
-    return torch.optim.AdamW(groups, lr=run.lr, betas=run.betas, fused=True)
+    return parameterization.optimizer(
+        model,
+        optimizer=run.optimizer,
+        lr=run.lr,
+        eps=run.eps,
+        betas=run.betas,
+        weight_decay=run.weight_decay,
+        matrix_lr_ratio=run.matrix_lr_ratio,
+        fused=True,
+    )
 
 
 @functools.cache

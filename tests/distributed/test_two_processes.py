@@ -63,7 +63,10 @@ def test_ddp_trains_as_one_process_does(ranks: list[dict[str, Any]], alone: dict
 
 
 def train(groups: list[dict[str, Any]], model: Any) -> list[float]:
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))  # as the factory does
+    return steps(torch.optim.AdamW(groups, betas=(0.9, 0.95)), model)  # as the factory does
+
+
+def steps(optimizer: torch.optim.Optimizer, model: Any) -> list[float]:
     losses = []
     for batch in worker.batches():
         loss = model(input_ids=batch, labels=batch).loss
@@ -87,6 +90,17 @@ def test_fsdp2_trains_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
     wrong = train(groups, model)
     assert wrong[0] == pytest.approx(losses[0], rel=1e-6)
     assert wrong != pytest.approx(losses, rel=1e-5)
+
+
+def test_fsdp2_trains_matrices_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
+    """Shards of a matrix are put together before it is made orthogonal; those of experts lie unevenly on two ranks."""
+    numbers: dict[str, Any] = {"lr": worker.LR, "eps": worker.EPS, "weight_decay": worker.DECAY}
+    model, parameterization = worker.parameterized(worker.SMALL)
+    optimizer = parameterization.optimizer(model, optimizer="muon", **numbers)
+    losses = steps(optimizer, model)
+    for rank in ranks:
+        assert rank["fsdp_muon"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert ranks[0]["fsdp_muon"]["losses"] != pytest.approx(ranks[0]["fsdp"]["losses"], rel=1e-3)
 
 
 def test_fsdp2_clips_as_one_process_does(ranks: list[dict[str, Any]]) -> None:

@@ -120,12 +120,12 @@ def batches() -> list[torch.Tensor]:
     return [tokens(vocab=128, batch=GLOBAL_BATCH, seed=step) for step in range(STEPS)]
 
 
-def train_fsdp(mesh: DeviceMesh, rank: int) -> dict[str, Any]:
+def train_fsdp(mesh: DeviceMesh, rank: int, name: str = "adamw") -> dict[str, Any]:
     model, parameterization = parameterized(SMALL)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = parameterization.optimizer_factory(torch.optim.AdamW)()(model, lr=LR, eps=EPS, weight_decay=DECAY)
+    optimizer = parameterization.optimizer_factory(name)()(model, lr=LR, eps=EPS, weight_decay=DECAY)
     losses = []
     for batch in batches():
         part = batch.chunk(2)[rank]
@@ -213,6 +213,7 @@ def main(folder: Path) -> None:
     found = {
         "sharded": sharded_initialization(mesh, rank),
         "fsdp": train_fsdp(mesh, rank),
+        "fsdp_muon": train_fsdp(mesh, rank, "muon"),
         "clipped": clipped(mesh, rank),
         "ddp": train_with_trainer(folder / str(rank), processes=2),
     }

@@ -165,7 +165,7 @@ def test_dry_run(tmp_path: Path) -> None:
         and "| number | goal | dry run, does not count |" in text
         and "| c | an experts layer" in text
     )
-    assert "| e, Muon | what our groups of Muon cost | not built: the optimizer does not exist yet | 0 |" in text
+    assert "| e, Muon | what our groups of Muon cost | not built: its step is not timed yet | 0 |" in text
     assert [found["trials"] for found in left["results"]["h"]["results"]] == [2]
     for goal in GOALS.values():
         assert f"| {goal.what} | {goal.text} |" in text

@@ -1,0 +1,136 @@
+"""Muon for the matrices of a model and AdamW for the rest, as one optimizer: one state, one schedule, one checkpoint.
+
+Muon (Keller Jordan's, https://kellerjordan.github.io/posts/muon/, as `torch.optim.Muon` has it) makes the momentum of a
+matrix orthogonal before it is added. What is a matrix is not what is a tensor: experts lie in stacks, gate and up in
+one tensor (`moe_param.structure.matrices`). Each is made orthogonal by itself, and those of one shape at once, over
+experts and layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from moe_param.structure.matrices import Matrices
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the quintic Newton–Schulz iteration, Keller Jordan's: the slope at 0 is as large as can be."""
+
+MOMENTUM, STEPS, EPS = 0.95, 5, 1e-7
+"""torch's own defaults."""
+
+
+def orthogonalized(matrices: torch.Tensor, steps: int = STEPS, eps: float = EPS) -> torch.Tensor:
+    """U·S'·Vᵀ for U·S·Vᵀ, all singular values near 1, by Newton–Schulz.
+
+    Args:
+        matrices: (copies, rows, columns). In bfloat16, as torch does it; float64 stays float64, for checks.
+
+    Returns:
+        The same shape, in the dtype it was computed in.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices if matrices.dtype == torch.float64 else matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon where a group says `matrices`, AdamW where it does not.
+
+    Args:
+        params: groups as `moe_param.optim.groups.param_groups` makes them. One with `matrices` holds, for each of its
+            parameters, how its matrices lie (the fields of `Matrices`) and `scales`, the factor on the group's rate for
+            each part.
+        lr, betas, eps, weight_decay: as torch's AdamW; `weight_decay` is decoupled in both kinds of groups.
+        momentum, nesterov, ns_steps: as `torch.optim.Muon`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-12,
+        weight_decay: float = 0.0,
+        *,
+        momentum: float = MOMENTUM,
+        nesterov: bool = True,
+        ns_steps: int = STEPS,
+        **adam: Any,
+    ) -> None:
+        nothing = torch.zeros(())
+        self._adam = torch.optim.AdamW([nothing], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **adam)
+        muon = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps, "matrices": None}
+        super().__init__(params, {**self._adam.defaults, **muon})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every group."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._matrices([group for group in self.param_groups if group["matrices"] is not None])
+        self._adam.param_groups = [group for group in self.param_groups if group["matrices"] is None]
+        self._adam.state = self.state
+        self._adam.step()
+        return loss
+
+    def _matrices(self, groups: list[dict[str, Any]]) -> None:
+        """Momentum and decay of every parameter, then all matrices of one shape at once."""
+        updates = [update for group in groups for update in self._updates(group)]
+        shapes: dict[Any, list[tuple[torch.Tensor, float]]] = {}
+        for _, full, parts, _, steps in updates:
+            for view, rate in parts:
+                shapes.setdefault((view.shape[1:], full.dtype, full.device, steps), []).append((view, rate))
+        for (*_, steps), members in shapes.items():
+            done = orthogonalized(torch.cat([view for view, _ in members]), steps)
+            for (view, rate), piece in zip(members, done.split([len(view) for view, _ in members])):
+                view.copy_(piece).mul_(-rate)
+        for parameter, full, *_ in updates:
+            parameter.add_(_like(full, parameter))
+
+    def _updates(self, group: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
+        """(parameter, its whole update, the views of it with their rates, …) of what has a gradient."""
+        for parameter, layout in zip(group["params"], group["matrices"], strict=True):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            momentum = state["momentum_buffer"]
+            momentum.lerp_(gradient, 1 - group["momentum"])
+            update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            full = update.full_tensor() if isinstance(update, DTensor) else update
+            matrices = Matrices(**{name: _plain(value) for name, value in layout.items() if name != "scales"})
+            rates = [group["lr"] * scale for scale in layout["scales"]]
+            yield parameter, full, list(zip(matrices.views(full), rates, strict=True)), group, group["ns_steps"]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A whole tensor, which every process has, sharded as a parameter is."""
+    if not isinstance(parameter, DTensor):
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def flops_of_a_step(fan_out: int, fan_in: int, steps: int = STEPS) -> float:
+    """Of orthogonalizing one matrix: three products a step, two with the smaller side and one between them."""
+    small, large = sorted((fan_out, fan_in))
+    return steps * (2.0 * small * small * large * 2 + 2.0 * math.prod((small, small, small)))
