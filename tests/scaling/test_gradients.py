@@ -162,6 +162,30 @@ def test_an_epsilon_that_does_not_scale_misses_the_gradient() -> None:
             assert all(abs(gradient - epsilon) > 0.3 for epsilon in epsilons), (label, found)
 
 
+PRINTED = {  # arXiv:2601.20205, Table 2, by hand: exponents along `AXES`
+    "embedding": (-1, 0, 0, 0),
+    "unembedding": (-1, 0, 0, 0),
+    "attention_in": (-1, -1, 0, 0),
+    "attention_out": (-1, -1, 0, 0),
+    "router": (-1, -1, 0, 0),
+    "expert_up": (0, -1, 0, -1),
+    "expert_down": (1, -1, 0, -2),
+    "norm": (0, 0, 0, 0),
+    "final_norm": (0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("axis", ["num_experts", "expert_size"])
+def test_the_epsilons_that_the_paper_prints_and_where_they_miss_the_gradient(axis: str) -> None:
+    """`table2` is the paper's table; along the number of experts it leaves out the 1/top_k that gradients have, and
+    along the expert size by itself the gradient of expert down stays where its epsilon falls."""
+    found = measured("mixtral", axis, "table2")
+    for label, exponents in PRINTED.items():
+        assert found[label][1] == pytest.approx([exponents[AXES.index(axis)]] * len(found[label][1]), abs=1e-6), label
+    missed = {label for label, (gradient, epsilons) in found.items() if abs(gradient - epsilons[0]) > 0.5}
+    assert missed == {"num_experts": {"router", "expert_up", "expert_down"}, "expert_size": {"expert_down"}}[axis]
+
+
 def test_the_bias_of_a_linear_that_is_not_trained_has_no_epsilon_to_take() -> None:
     model_class, _ = classes("gpt_oss")
 

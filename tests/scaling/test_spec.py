@@ -14,7 +14,7 @@ from moe_param import ScalingSpec, SpecError
 from moe_param.scaling.spec import ROLES, presets
 from tests.models import classes, tiny_config
 
-PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard"}
+PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard", "table2"}
 
 
 def table(**changes: Any) -> dict[str, Any]:
