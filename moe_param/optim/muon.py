@@ -8,7 +8,6 @@ experts and layers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,6 +21,9 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 MOMENTUM, STEPS, EPS = 0.95, 5, 1e-7
 """torch's own defaults."""
+
+AT_ONCE = 2**27
+"""Elements of updates from which on a batch is full: half a gigabyte in float32."""
 
 
 def orthogonalized(matrices: torch.Tensor, steps: int = STEPS, eps: float = EPS) -> torch.Tensor:
@@ -87,21 +89,20 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _matrices(self, groups: list[dict[str, Any]]) -> None:
-        """Momentum and decay of every parameter, then all matrices of one shape at once."""
-        updates = [update for group in groups for update in self._updates(group)]
-        shapes: dict[Any, list[tuple[torch.Tensor, float]]] = {}
-        for _, full, parts, _, steps in updates:
-            for view, rate in parts:
-                shapes.setdefault((view.shape[1:], full.dtype, full.device, steps), []).append((view, rate))
-        for (*_, steps), members in shapes.items():
-            done = orthogonalized(torch.cat([view for view, _ in members]), steps)
-            for (view, rate), piece in zip(members, done.split([len(view) for view, _ in members])):
-                view.copy_(piece).mul_(-rate)
-        for parameter, full, *_ in updates:
-            parameter.add_(_like(full, parameter))
+        """Every matrix, in batches that bound the memory: a batch has its updates, whole, and their bfloat16 copies."""
+        batch: list[tuple[Any, ...]] = []
+        elements = 0
+        for update in (update for group in groups for update in self._updates(group)):
+            batch.append(update)
+            elements += update[1].numel()
+            if elements >= AT_ONCE:
+                _apply(batch)
+                batch, elements = [], 0
+        _apply(batch)
 
     def _updates(self, group: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-        """(parameter, its whole update, the views of it with their rates, …) of what has a gradient."""
+        """(parameter, its whole update, [(view of it, rate)] of its parts, steps of Newton–Schulz) of what has a
+        gradient; momentum and decay are done."""
         for parameter, layout in zip(group["params"], group["matrices"], strict=True):
             gradient = parameter.grad
             if gradient is None:
@@ -116,7 +117,21 @@ class Muon(torch.optim.Optimizer):
             full = update.full_tensor() if isinstance(update, DTensor) else update
             matrices = Matrices(**{name: _plain(value) for name, value in layout.items() if name != "scales"})
             rates = [group["lr"] * scale for scale in layout["scales"]]
-            yield parameter, full, list(zip(matrices.views(full), rates, strict=True)), group, group["ns_steps"]
+            yield parameter, full, list(zip(matrices.views(full), rates, strict=True)), group["ns_steps"]
+
+
+def _apply(updates: list[tuple[Any, ...]]) -> None:
+    """All matrices of one shape at once, then each parameter its update."""
+    shapes: dict[Any, list[tuple[torch.Tensor, float]]] = {}
+    for _, full, parts, steps in updates:
+        for view, rate in parts:
+            shapes.setdefault((view.shape[1:], full.dtype, full.device, steps), []).append((view, rate))
+    for (*_, steps), members in shapes.items():
+        done = orthogonalized(torch.cat([view for view, _ in members]), steps)
+        for (view, rate), piece in zip(members, done.split([len(view) for view, _ in members])):
+            view.copy_(piece).mul_(-rate)
+    for parameter, full, *_ in updates:
+        parameter.add_(_like(full, parameter))
 
 
 def _plain(value: Any) -> Any:
@@ -128,9 +143,3 @@ def _like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not isinstance(parameter, DTensor):
         return full
     return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def flops_of_a_step(fan_out: int, fan_in: int, steps: int = STEPS) -> float:
-    """Of orthogonalizing one matrix: three products a step, two with the smaller side and one between them."""
-    small, large = sorted((fan_out, fan_in))
-    return steps * (2.0 * small * small * large * 2 + 2.0 * math.prod((small, small, small)))

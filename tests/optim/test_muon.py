@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import moe_param
 from moe_param import OptimizerError
+from moe_param.optim import muon
 from moe_param.optim.muon import Muon, orthogonalized
 from moe_param.structure.matrices import Matrices, arrangement
 from moe_param.tuned import TunedNumbers
@@ -50,6 +51,24 @@ def test_a_stack_is_a_loop_over_its_matrices() -> None:
     torch.testing.assert_close(orthogonalized(stack), torch.stack(one_by_one), rtol=0, atol=2**-6)  # bfloat16
     whole = orthogonalized(stack.double().reshape(1, 7 * 24, 40)).reshape(7, 24, 40)
     assert (whole - orthogonalized(stack.double())).abs().max() > 0.1  # the control: one for the whole stack
+
+
+def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, torch.Tensor]:
+        model, p = small()
+        optimizer = p.optimizer(model, optimizer="muon", lr=LR, matrix_lr_ratio=MATRIX_LR / LR)
+        for i in range(2):
+            batch = tokens(64, batch=2, length=12, seed=i)
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    at_once = trained()
+    monkeypatch.setattr(muon, "AT_ONCE", 1)  # every parameter by itself
+    one_by_one = trained()
+    for name, value in at_once.items():
+        torch.testing.assert_close(one_by_one[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_singular_values_come_near_one() -> None:
