@@ -12,9 +12,10 @@ from transformers import AutoConfig
 
 import moe_param
 from moe_param.structure.trace import model_class_for
+from recipes.evidence.transfer import tables
 from recipes.evidence.transfer.bases import BASES, config_of
 from recipes.evidence.transfer.horizon import exponents
-from recipes.evidence.transfer.run import JOINT, STUDIES
+from recipes.evidence.transfer.run import HERE, JOINT, STUDIES
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +53,14 @@ def test_the_exponent_is_that_of_the_optima() -> None:
     curves, found = exponents(losses)
     assert found == pytest.approx([1 / 3, 1 / 3])
     assert curves[8].optima() == pytest.approx([-1.0, -1.0])
+
+
+def test_the_page_shows_what_the_studies_wrote() -> None:
+    """Every table of the page is the one that the records give today."""
+    page, results = (HERE / "README.md").read_text("utf-8"), HERE / "results"
+    shown = [tables.bases(results), tables.ladders("axes", results), *map(of_study, ("search", "joint"))]
+    assert all(len(table.splitlines()) > 3 and table in page for table in shown)
+
+
+def of_study(name: str) -> str:
+    return tables.searches(name, HERE / "results")
