@@ -168,7 +168,9 @@ def test_the_smallest_free_index_is_a_new_workers_own(pool: Pool, tmp_path: Path
 def test_a_killed_parent_takes_all_along(tmp_path: Path, sent: signal.Signals) -> None:
     """SIGHUP goes to the whole group, as when a terminal closes."""
     code = (
-        "import sys, pathlib; from moe_param.tuning.workers import Pool; from tests.tuning.test_workers import work\n"
+        "import signal, sys, pathlib; from moe_param.tuning.workers import Pool\n"
+        "from tests.tuning.test_workers import work\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and children inherit that\n"
         "pool = Pool(work, 1); pool.start('a', 'with_children', pathlib.Path(sys.argv[1]))\n"
         "while True: pool.answers(timeout=1.0)"
     )
