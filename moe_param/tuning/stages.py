@@ -242,14 +242,11 @@ def constants(
         return base  # the ladder will look for a rate that does not diverge
     best, ranked = start, ordered(names)
     for first in range(0, len(ranked), GROUP):
-        look = (1 + first // GROUP) % len(
-            seeds
-        )  # another seed for each group: not the one that the start was lucky with
+        look = (1 + first // GROUP) % len(seeds)  # not the seed that the start was lucky with, and another each time
         best = yield from climb(course, best, ("learning_rate", *ranked[first : first + GROUP]), seeds, look, limit)
     if best.point == base:
         return base
-    spreads = [statistics.variance(j.gains) for j in course.judgements if len(j.gains) > 1]
-    judged = judge(Step("all of it together", 1.0), start, best, spreads, ERROR_RATE)
+    judged = judge(Step("all of it together", 1.0), start, best, course.judgements, ERROR_RATE)
     course.judgements.append(judged)
     return judged.point if judged.accepted else base
 
@@ -275,8 +272,7 @@ def climb(
         if not steps:
             break
         after = Choice(points[steps[0]], (yield from measure([points[steps[0]]], seeds))[key_of(points[steps[0]])])
-        spreads = [statistics.variance(j.gains) for j in course.judgements if len(j.gains) > 1]
-        course.judgements.append(judge(steps[0], current, after, spreads, STEP_ERROR_RATE))
+        course.judgements.append(judge(steps[0], current, after, course.judgements, STEP_ERROR_RATE))
         if course.judgements[-1].accepted:
             current = after
             course.moves.append((course.stage, current.point, current.losses[0]))
@@ -301,17 +297,19 @@ PROMISING = 0.005
 """Of the loss: what one run has to gain over that of the same seed for the other seeds to be run."""
 
 
-def judge(step: Step, before: Choice, after: Choice, spreads: Sequence[float], error_rate: float) -> Judgement:
+def judge(step: Step, before: Choice, after: Choice, earlier: Sequence[Judgement], error_rate: float) -> Judgement:
     """Whether the mean gain over the seeds is beyond their noise.
 
     Args:
-        spreads: variances over the seeds of the gains judged so far; three gains tell their own badly.
+        earlier: what was judged so far, whose spreads over the seeds count too: three gains tell their own badly.
         error_rate: the probability with which a step that changes nothing may pass.
     """
     gains = gains_of(before.losses, after.losses)
     mean = statistics.fmean(gains)
     if len(gains) > 1 and math.isfinite(mean):
-        needed = paired_threshold(gains, [*spreads, statistics.variance(gains)], error_rate)
+        finite = (each for each in (*(j.gains for j in earlier), gains) if all(map(math.isfinite, each)))
+        spreads = [statistics.variance(each) for each in finite]
+        needed = paired_threshold(gains, spreads, error_rate)
     else:
         needed = ONE_RUN * before.losses[0]
     return Judgement(step.name, step.factor, after.point, gains, mean, needed, mean > needed)

@@ -15,7 +15,7 @@ from moe_param.tuning import stages
 from moe_param.tuning.constants import Judgement
 from moe_param.tuning.points import Point, Result, key_of
 from moe_param.tuning.search import Search, hopeless
-from moe_param.tuning.stages import Course, Plan, least_budget, off_the_cliff, replay, staged
+from moe_param.tuning.stages import Choice, Course, Plan, least_budget, off_the_cliff, replay, staged
 from moe_param.tuning.strategies import Staged
 from moe_param.tuning.study import SearchError, open_study, results_of, status_of
 from tests.tuning.surfaces import Bowl
@@ -83,6 +83,17 @@ def test_a_step_is_confirmed_by_all_seeds(monkeypatch: pytest.MonkeyPatch) -> No
         lambda step, before, after, *_: Judgement("", 1.0, after.point, (0.0,), 0.0, 0.0, True),
     )
     assert ours < statistics.fmean(map(ends, range(10)))
+
+
+def test_a_step_that_diverged_does_not_decide_later_ones() -> None:
+    """Its gains are infinite, and say nothing of the noise."""
+    point = {"learning_rate": 0.01}
+    before, after = Choice(point, (2.0, 2.1, 2.05)), Choice(point, (1.8, 1.91, 1.84))
+    gone = Judgement("router.lr", 4.0, point, (-math.inf,) * 3, -math.inf, 0.0, False)
+    step = stages.Step("embedding.lr", 4.0)
+    alone = stages.judge(step, before, after, [], 0.1)
+    assert alone.accepted and stages.judge(step, before, after, [gone], 0.1) == alone
+    assert not stages.judge(step, before, Choice(point, (math.inf, 1.9, 1.8)), [alone], 0.1).accepted
 
 
 def test_noise_is_not_taken_for_constants(monkeypatch: pytest.MonkeyPatch) -> None:
