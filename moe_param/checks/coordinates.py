@@ -29,6 +29,7 @@ from moe_param.corpus import byte_windows, stdlib_files
 from moe_param.errors import MoeParamError
 from moe_param.ledger import append, read_finished
 from moe_param.naming import check_known, nearest
+from moe_param.optim.adam import ADAM_ROLES, adam_class, matrix_numbers
 from moe_param.scaling.spec import DEFAULT_SPEC, ScalingSpec
 from moe_param.structure.scaling_config import scale_config
 from moe_param.structure.shape import AXES, Shape, ShapeError
@@ -165,6 +166,7 @@ def coord_check(
     """
     _check_numbers(axis, factors, steps, seeds, lr)
     check_known((optimizer,), ("adamw", "muon"), "optimizer", "optimizer", CoordCheckError)
+    matrix_numbers(adam_class(optimizer), matrix_lr_ratio, ADAM_ROLES, batch_ratio=1.0)  # or refuses
     table = ScalingSpec.load(spec)
     model_class = model_class or model_class_for(config)
     base = replace(base_shape, head_dim=None)

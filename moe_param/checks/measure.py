@@ -97,8 +97,9 @@ def measure(run: Run) -> dict[str, Any]:
         model, run.base_shape, spec=run.spec, seed=run.seed, init_std=run.init_std, constants=run.constants
     )
     head = _head(model, run.seed)
-    numbers: dict[str, Any] = {"matrix_lr_ratio": run.matrix_lr_ratio} if run.optimizer == "muon" else {}
-    optimizer = parameterization.optimizer(model, optimizer=run.optimizer, lr=run.lr, eps=run.eps, **numbers)
+    optimizer = parameterization.optimizer(
+        model, optimizer=run.optimizer, lr=run.lr, eps=run.eps, matrix_lr_ratio=run.matrix_lr_ratio
+    )
     if head is not None:
         optimizer.add_param_group({"params": [head.weight], "lr": run.lr, "eps": run.eps})
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -141,6 +141,8 @@ def matrix_numbers(
             raise OptimizerError(
                 f"matrix_lr_ratio is {matrix_lr_ratio}: only optimizer='muon' has a rate for matrices, leave it out"
             )
+        if tuple(adam_roles) != ADAM_ROLES:
+            raise OptimizerError(f"adam_roles are {tuple(adam_roles)}: only optimizer='muon' leaves roles to Adam")
         return {}
     check_known(adam_roles, MATRICES, "role", "adam_roles", OptimizerError)
     ratio = 1.0 if matrix_lr_ratio is None else matrix_lr_ratio
