@@ -134,12 +134,12 @@ class Search:
         trials = self.study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         wanted = self.strategy.wanted(results_of(trials))
+        had = {whole: {run_of(trial) for trial in trials if taken(trial, whole)} for whole in (True, False)}
         to_sample = sum(run.point is None for run in wanted) - len(running)
         for run in wanted:
             if run.point is None:
                 return to_sample > 0 and self._claim_sample(run, trials)
-            run_key, whole = (key_of(run.point), run.seed), run.rival is None
-            if not any(run_of(trial) == run_key and taken(trial, whole) for trial in trials):
+            if (key_of(run.point), run.seed) not in had[run.rival is None]:
                 return self._claim_point(run, run.point)
         return False
 
