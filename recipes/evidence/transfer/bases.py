@@ -36,7 +36,10 @@ TEXTS: dict[str, dict[str, Any]] = {
 BASES = tuple(f"{family}-{text}" for text in TEXTS for family in FAMILIES)
 
 
-def config_of(base: str, steps: int = 300) -> dict[str, Any]:
+STEPS = 300
+
+
+def config_of(base: str, steps: int = STEPS) -> dict[str, Any]:
     """What the YAML file of a base says."""
     family, text = base.split("-")
     return {

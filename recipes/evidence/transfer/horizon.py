@@ -16,7 +16,6 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +30,7 @@ from moe_param.tuning.points import split
 from moe_param.tuning.short_run import ShortRun
 from moe_param.tuning.transfer import Train
 from recipes.evidence.transfer.bases import BASES
-from recipes.evidence.transfer.run import HERE, tuned_file, write
+from recipes.evidence.transfer.run import arguments, tuned_file, write
 
 TIMES, OCTAVES, SEEDS = (1, 2, 4, 8), (-2.0, -1.0, 0.0, 1.0), (0, 1, 2)
 
@@ -98,13 +97,7 @@ def study(base: str, args: argparse.Namespace, console: Console) -> dict[str, An
 
 def main() -> None:
     """Every base that was named, and its exponent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bases", nargs="+", default=list(BASES[:1]), choices=list(BASES))
-    parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--out", type=Path, default=HERE / "results")
-    parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
-    parser.add_argument("--smallest", action="store_true", help="a few steps; proves nothing")
-    args, console = parser.parse_args(), Console()
+    args, console = arguments(__doc__, BASES[:1]).parse_args(), Console()
     for base in args.bases:
         record = study(base, args, console)
         write(args.out / "horizon" / f"{base}.json", record)

@@ -13,7 +13,8 @@ import argparse
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.console import Console
 
 from moe_param import transfer, tune
 from moe_param.errors import MoeParamError
-from recipes.evidence.transfer.bases import BASES, config_of
+from recipes.evidence.transfer.bases import BASES, STEPS, config_of
 
 HERE = Path(__file__).parent
 JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
@@ -34,8 +35,7 @@ class Study:
 
     bases: tuple[str, ...]
     axes: tuple[str, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
 
 
 SEARCH: dict[str, Any] = {
@@ -76,7 +76,7 @@ def tuned_file(base: str, runs: Path, smallest: bool) -> Path:
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "config.yaml"
-        config.write_text(yaml.safe_dump(config_of(base, 3 if smallest else 300)), "utf-8")
+        config.write_text(yaml.safe_dump(config_of(base, 3 if smallest else STEPS)), "utf-8")
         tune(config, output_dir=folder, **(SMALLEST if smallest else {}))
     return file
 
@@ -91,7 +91,6 @@ def answer(name: str, base: str, args: argparse.Namespace, console: Console) -> 
         file,
         study.axes[:1] if args.smallest else study.axes,
         output_dir=args.runs / base / name,
-        training=study.training,
         command=shlex.join(["python", "-m", "recipes.evidence.transfer.run", name, "--bases", base]),
         console=console,
         **options,
@@ -113,15 +112,21 @@ def write(file: Path, record: dict[str, Any]) -> None:
     file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
-def main() -> None:
-    """The studies that were named, one base after the other."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", choices=["tune", *STUDIES])
-    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
+def arguments(description: str | None, bases: Sequence[str]) -> argparse.ArgumentParser:
+    """What every script here can be told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", nargs="+", default=list(bases), choices=list(BASES))
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where searches and runs are kept")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
     parser.add_argument("--smallest", action="store_true", help="a few steps; proves nothing")
+    return parser
+
+
+def main() -> None:
+    """The studies that were named, one base after the other."""
+    parser = arguments(__doc__, BASES)
+    parser.add_argument("studies", nargs="+", choices=["tune", *STUDIES])
     args, console = parser.parse_args(), Console()
     for base in args.bases:
         for name in args.studies:

@@ -25,33 +25,15 @@ from moe_param.training.report import hardware, versions
 from moe_param.tuning.base import read_base
 from moe_param.tuning.points import split
 from moe_param.tuning.short_run import train
+from recipes.evidence.transfer.bases import STEPS, config_of
 
 BUDGET = 60
 UNSEEN = (100, 101, 102)
 """Seeds that no search trains with."""
 
-COMMON: dict[str, Any] = {
-    "dataset": "stdlib",
-    "seq_len": 64,
-    "learning_rate": 2.0**-7,
-    "max_steps": 300,
-    "per_device_train_batch_size": 16,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 0.25,
-    "balance_rate": 0.0,
-}
-SIZES = {"vocab_size": 256, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "use_cache": False}
-BASES: dict[str, dict[str, Any]] = {
-    "mixtral": {
-        **{"num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2},
-        **{"intermediate_size": 32, "max_position_embeddings": 512, "tie_word_embeddings": False},
-    },
-    "qwen3_moe": {
-        **{"num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2},
-        **{"moe_intermediate_size": 32, "intermediate_size": 32, "norm_topk_prob": True},
-        **{"max_position_embeddings": 512, "tie_word_embeddings": False},
-    },
-}
+BASES = ("mixtral", "qwen3_moe")
+"""Families of the bases of `recipes.evidence.transfer`, on the standard library."""
+
 ENGINES: dict[str, list[dict[str, Any]]] = {
     "stages": [{"mode": "stages", "budget": BUDGET}],
     "tpe": [{"mode": "tpe", "budget": BUDGET}],
@@ -65,16 +47,11 @@ ENGINES: dict[str, list[dict[str, Any]]] = {
 """Name → the searches that follow one another, each from what the one before it found."""
 
 
-def config_of(base: str, steps: int) -> dict[str, Any]:
-    """What the YAML file of a base says."""
-    return {"model_type": base, "overrides": {**SIZES, **BASES[base]}, **COMMON, "max_steps": steps}
-
-
 def search(base: str, engine: str, folder: Path, steps: int, smallest: bool) -> dict[str, Any]:
     """One engine on one base: the runs it cost, and its point's loss with unseen seeds."""
     config = folder / "config.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(config_of(base, steps)))
+    config.write_text(yaml.safe_dump(config_of(f"{base}-stdlib", steps)))
     source, spent = config, 0.0
     for i, options in enumerate(ENGINES[engine]):
         if smallest:
@@ -106,7 +83,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=list(ENGINES))
     parser.add_argument("--smallest", action="store_true", help="a few steps; proves nothing")
     args = parser.parse_args()
-    steps = 3 if args.smallest else int(COMMON["max_steps"])
+    steps = 3 if args.smallest else STEPS
     found: dict[str, dict[str, Any]] = {}
     with folder_lock(args.runs, "the comparison of searches"):
         for base in args.bases:
