@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,24 @@ import moe_param
 from moe_param import OptimizerError
 from moe_param.optim import muon
 from moe_param.optim.muon import Muon, orthogonalized
+from moe_param.structure.dispatch import is_experts
 from moe_param.structure.matrices import Matrices, arrangement
 from moe_param.tuned import TunedNumbers
-from tests.models import KeepDouble, build, families, tiny_config, tokens
-from tests.scaling.test_exactness import BASE, CASES, DECAY, EPS, LR, TARGET, explicit_twin, setup
+from tests.models import INTERFACE, build, classes, families, tiny_config, tokens
+from tests.scaling.test_exactness import (
+    BASE,
+    CASES,
+    DECAY,
+    EPS,
+    LR,
+    TARGET,
+    check_weights,
+    explicit_twin,
+    losses_of,
+    setup,
+)
 
-MATRIX_LR, STEPS = 0.02, 20
+MATRIX_LR = 0.02
 PLAIN = {"copies": 1, "transposed": False, "parts": [], "interleaved": False, "scales": [1.0]}
 
 
@@ -130,6 +142,25 @@ def test_layouts_are_seen_in_the_forward_pass(family: str) -> None:
     assert {rule.matrices for name, rule in rules.items() if name.endswith(end)} == {expected}
 
 
+@pytest.mark.parametrize("family", families(INTERFACE))
+def test_experts_lie_as_transformers_marks_them(family: str) -> None:
+    """What the traced forward pass shows of them, against what the experts interface says of every family's module."""
+    model = build(family)
+    modules = dict(model.named_modules())
+    rules = moe_param.plan(classes(family)[0], model.config, model.config).rules
+    seen = 0
+    for name, rule in rules.items():
+        experts: Any = modules[name.rpartition(".")[0]]
+        if rule.role not in ("expert_up", "expert_down") or not is_experts(experts) or len(rule.shape) != 3:
+            continue
+        fused = rule.role == "expert_up" and experts.has_gate
+        half = (rule.shape[-1] if experts.is_transposed else rule.shape[-2]) // 2
+        parts, interleaved = ((half, half), not experts.is_concatenated) if fused else ((), False)
+        assert rule.matrices == Matrices(rule.shape[0], experts.is_transposed, parts, interleaved), name
+        seen += 1
+    assert seen
+
+
 # -- folds -----------------------------------------------------------------------------------------------------------
 def slices(name: str, tensor: torch.Tensor, interleaved: bool) -> list[Callable[[torch.Tensor], torch.Tensor]]:
     """Each matrix of a parameter as (fan_out, fan_in), by name and by hand."""
@@ -189,18 +220,6 @@ def reference(twin: Any, groups: list[dict[str, Any]], base: Any, table: dict[st
     return step
 
 
-def losses_of(model: Any, step: Callable[[], None], zero: Callable[[], None]) -> Iterator[float]:
-    model.set_experts_implementation("eager")
-    with KeepDouble():
-        for i in range(STEPS):
-            batch = tokens(64, batch=2, length=12, seed=i % 4)
-            loss = model(input_ids=batch, labels=batch).loss
-            zero()
-            loss.backward()
-            step()
-            yield loss.item()
-
-
 @pytest.mark.parametrize(
     "case", families(["mixtral", "qwen3_moe", "olmoe", "deepseek_v3_unnormalized", "gpt_oss"], ("mixtral", "gpt_oss"))
 )
@@ -211,15 +230,11 @@ def test_folded_training_equals_explicit_multipliers(case: str) -> None:
         folded, optimizer="muon", lr=LR, eps=EPS, weight_decay=DECAY, matrix_lr_ratio=MATRIX_LR / LR
     )
     step = reference(twin, groups, base, table, interleaved=case == "gpt_oss")
-    ours = list(losses_of(folded, optimizer.step, optimizer.zero_grad))
-    theirs = list(losses_of(twin, step, twin.zero_grad))
+    ours = losses_of(folded, optimizer.step)
+    theirs = losses_of(twin, step)
     assert ours[0] - ours[-1] > 0.05, "the run must go somewhere for the comparison to mean anything"
     assert ours == pytest.approx(theirs, rel=1e-9)
-    weights = dict(folded.named_parameters())
-    for name, p in twin.named_parameters():
-        expected = p * table[name].multiplier
-        error = (weights[name] - expected).norm() / expected.norm().clamp(min=1e-12)
-        assert error < 1e-8, f"{name}: {error:.2e}"
+    check_weights(folded, twin, table, 1e-8)
 
 
 def test_without_the_fold_in_the_rate_it_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,8 +247,8 @@ def test_without_the_fold_in_the_rate_it_is_another_run(monkeypatch: pytest.Monk
     for group in optimizer.param_groups:
         if group["matrices"] is not None and any(name.endswith("o_proj.weight") for name in group["names"]):
             group["lr"] *= r.l  # 1/L of the branch, left out
-    ours = list(losses_of(folded, optimizer.step, optimizer.zero_grad))
-    theirs = list(losses_of(twin, reference(twin, groups, base, table, False), twin.zero_grad))
+    ours = losses_of(folded, optimizer.step)
+    theirs = losses_of(twin, reference(twin, groups, base, table, False))
     assert ours != pytest.approx(theirs, rel=1e-6)
 
 
@@ -330,6 +345,10 @@ def test_what_cannot_be_done_is_said() -> None:
         p.optimizer(model, optimizer="muon", lr=0.01, matrix_lr_ratio=-1)
     with pytest.raises(OptimizerError, match=r"adam_roles: .*'rooter'.*'router'"):
         p.optimizer(model, optimizer="muon", lr=0.01, adam_roles=("rooter",))
+    with pytest.raises(OptimizerError, match=r"adam_roles are \('expert_up',\): only optimizer='muon'"):
+        p.optimizer(model, lr=0.01, adam_roles=("expert_up",))
+    with pytest.raises(OptimizerError, match=r"matrix_lr_ratio is 4: only optimizer='muon'"):
+        moe_param.coord_check(model.config, p.shape, axis="width", matrix_lr_ratio=4)
     with pytest.raises(OptimizerError, match="batch_ratio is 4: how Muon's rate"):
         p.optimizer(model, optimizer="muon", lr=0.01, batch_ratio=4.0)
     other = moe_param.plan(type(model), model.config, model.config, spec="mup")

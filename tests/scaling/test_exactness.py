@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,18 +93,31 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float, bool]] = {
 
 
 def train(model: Any, groups: list[dict[str, Any]], steps: int = STEPS) -> list[float]:
+    return losses_of(model, torch.optim.AdamW(groups, betas=(0.9, 0.95)).step, steps)
+
+
+def losses_of(model: Any, step: Callable[[], Any], steps: int = STEPS) -> list[float]:
+    """The losses of training in float64, a `step` of the optimizer after every backward pass."""
     model.set_experts_implementation("eager")  # grouped_mm has no float64
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     losses = []
     with KeepDouble():
-        for step in range(steps):
-            batch = tokens(64, batch=2, length=12, seed=step % 4)
+        for i in range(steps):
+            batch = tokens(64, batch=2, length=12, seed=i % 4)
             loss = model(input_ids=batch, labels=batch).loss
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
-            optimizer.step()
+            step()
             losses.append(loss.item())
     return losses
+
+
+def check_weights(folded: Any, twin: Any, table: dict[str, Any], tolerance: float) -> None:
+    """Every weight of the folded model is the twin's times what was folded into it."""
+    weights = dict(folded.named_parameters())
+    for name, p in twin.named_parameters():
+        expected = p * table[name].multiplier
+        error = (weights[name] - expected).norm() / expected.norm().clamp(min=1e-12)
+        assert error < tolerance, f"{name}: {error:.2e}"
 
 
 def setup(case: str, spec: str = "moe-completep") -> tuple[Any, Any, Any, Ratios, bool]:
@@ -147,11 +161,7 @@ def test_folded_training_equals_explicit_multipliers(case: str) -> None:
     theirs = train(twin, groups)
     assert ours[0] - ours[-1] > 0.05, "the run must go somewhere for the comparison to mean anything"
     assert ours == pytest.approx(theirs, rel=1e-9)
-    weights = dict(folded.named_parameters())
-    for name, p in twin.named_parameters():
-        expected = p * table[name].multiplier
-        error = (weights[name] - expected).norm() / expected.norm().clamp(min=1e-12)
-        assert error < 1e-9, f"{name}: {error:.2e}"
+    check_weights(folded, twin, table, 1e-9)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "deepseek_v3_unnormalized"])
