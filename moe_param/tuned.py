@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +135,14 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
     """One config at two shapes: where the numbers were found, and what is trained.
 
     Keys: model (folder or Hub id of a config) or model_type, overrides (config attributes), base_shape and shape (or
-    target_shape; sizes that change the config, each by itself), tuned_at (the base's sizes, checked).
+    target_shape; sizes that change the config, each by itself), tuned_at (the base's sizes, checked), imports (modules
+    to import first, which register models of your own).
 
     Raises:
-        TunedError: no such model, an unknown size, or a base that is not the one the numbers were found at.
+        TunedError: no such module or model, an unknown size, or a base that is not the one the numbers were found at.
         ShapeError: sizes that do not divide.
     """
+    import_modules(values.get("imports"))
     config = build_config(values.get("model"), values.get("model_type"), values.get("overrides") or {})
     found = []
     for name in ("base_shape", "shape"):
@@ -153,6 +157,24 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
     if values.get("tuned_at"):
         check_tuned_at(base, values["tuned_at"])
     return base, target
+
+
+def import_modules(names: str | Sequence[str] | None) -> None:
+    """Imports modules that register models of a user's own with transformers, from the current folder too.
+
+    Raises:
+        TunedError: no such module, or one that cannot be imported.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` has it, and the console script has not
+    for name in [names] if isinstance(names, str) else names or ():
+        try:
+            import_module(name)
+        except (ImportError, TypeError, ValueError, AttributeError) as error:
+            raise TunedError(
+                f"imports: {name!r} cannot be imported ({error}): expected the name of a module, like package.module, "
+                f"that is installed or in {os.getcwd()}"
+            ) from error
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -151,10 +151,12 @@ class _Pair:
         return cls(name, base, target, Ratios.of(base, target, moved))
 
     def multipliers(self, spec: ScalingSpec, sites: frozenset[str]) -> dict[str, float]:
-        """The forward multiplier of each site, those that are 1 left out."""
+        """The forward multiplier of each site on top of what the model's own forward pass has there, those that are 1
+        left out."""
         factors = {}
         for site in sorted(sites & spec.multipliers.keys()):
             factor = self.ratios.scale(spec.multipliers[site])
+            factor /= self.ratios.scale(self.target.own_multipliers.get(site, {}))
             if site == "attention_logits" and self.target.scaling and self.base.scaling:
                 factor /= self.target.scaling / self.base.scaling  # what the model's own factor already does
             if not math.isclose(factor, 1.0, rel_tol=1e-12):

@@ -15,6 +15,7 @@ from moe_param.errors import MoeParamError
 from moe_param.naming import check_known, nearest
 from moe_param.structure.adapters import COARSER, exponents
 from moe_param.structure.adapters import ROLES as ROLES
+from moe_param.structure.adapters import SITES as SITES
 
 SHAPE_DIMENSIONS = ("width", "depth", "num_experts", "top_k", "expert_size")
 """Dimensions that are the same for every parameter of a model."""
@@ -23,9 +24,6 @@ DIMENSIONS = (*SHAPE_DIMENSIONS, "head_dim", "fan_in", "fan_out", "units")
 """Exponents are of target/base ratios of these. head_dim is that of the queries a parameter makes; fan_in and fan_out
 are its own, read off its matmul; units is the length of a vector (a gain over head_dim, shared by all heads, keeps its
 gradient when the width grows). A bias has the ratios of the linear or norm it belongs to."""
-
-SITES = ("residual_branch", "unnormalized_gates", "logits", "attention_logits")
-"""Where the unfolded parameterization multiplies the forward pass."""
 
 DEFAULT_SPEC = "moe-completep"
 """The preset of arXiv:2601.20205."""

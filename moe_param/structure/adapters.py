@@ -49,6 +49,12 @@ MATRICES = (
 )
 """Roles whose parameters are matrices that an optimizer may treat as such."""
 
+SITES = ("residual_branch", "unnormalized_gates", "logits", "attention_logits")
+"""Where an unfolded parameterization multiplies the forward pass."""
+
+_DECLARED_SITES = tuple(site for site in SITES if site != "attention_logits")
+"""Those at which a model's own factor is declared; that on its attention is read."""
+
 COARSER = {"attention_value": "attention_in"}
 """A finer role -> the one whose row and constants hold for it too, where a table or a user says nothing of it alone."""
 
@@ -66,6 +72,7 @@ class Adapter:
     residual: str | None = None
     normed_stream: bool = False
     own_factors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    multipliers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tokens: int = 8
     roles: Mapping[str, str] = field(default_factory=dict)
     gate: Mapping[str, Any] | str = field(default_factory=dict)
@@ -168,10 +175,20 @@ def exponents(values: Mapping[str, Any], where: str, error: type[MoeParamError])
 
 
 def _factors(value: Any, where: str) -> Mapping[str, Mapping[str, float]]:
+    return _exponents_of(value, where, "{'embedding': {'width': 0.5}}", ROLES, "role")
+
+
+def _multipliers(value: Any, where: str) -> Mapping[str, Mapping[str, float]]:
+    return _exponents_of(value, where, "{'residual_branch': {'depth': -1}}", _DECLARED_SITES, "site")
+
+
+def _exponents_of(
+    value: Any, where: str, example: str, valid: tuple[str, ...], kind: str
+) -> Mapping[str, Mapping[str, float]]:
     read = {}
-    for role, row in _mapping(value, where, "{'embedding': {'width': 0.5}}", ROLES, "role").items():
-        of_role = _mapping(row, f"{where}.{role}", "{'width': 0.5}", _DIMENSIONS)
-        read[role] = MappingProxyType(exponents(of_role, f"{where}.{role}", AdapterError))
+    for name, row in _mapping(value, where, example, valid, kind).items():
+        of_name = _mapping(row, f"{where}.{name}", "{'width': 0.5}", _DIMENSIONS)
+        read[name] = MappingProxyType(exponents(of_name, f"{where}.{name}", AdapterError))
     return MappingProxyType(read)
 
 
@@ -215,6 +232,7 @@ _CHECKS = {
     "residual": _text,
     "normed_stream": _flag,
     "own_factors": _factors,
+    "multipliers": _multipliers,
     "tokens": _count,
     "roles": _patterns,
     "gate": _gate,

@@ -42,10 +42,11 @@ class Info:
     offset: a gain of the form 1 + w.
     layer: index in the decoder stack, None outside. relative: name inside the layer (or the full name); of experts in
         a list that of all of them, `experts.*.up.weight`.
-    sites: forward multipliers that stand before or behind it (`moe_param.scaling.spec.SITES`).
+    sites: forward multipliers that stand before or behind it (`moe_param.structure.adapters.SITES`).
     head_dim, scaling: of the attention whose queries it makes; the model's own factor on query·key.
     padding: row of an embedding that stays zero.
     undo: {dimension: exponent} of a factor in the family's own forward pass that is taken back.
+    own_multipliers: site -> {dimension: exponent} of what the family's own forward pass multiplies there.
     matrices: those it holds; None where it is no matrix, and, with a reason in `unclear`, where that cannot be told.
     """
 
@@ -63,6 +64,7 @@ class Info:
     scaling: float | None = None
     padding: int | None = None
     undo: Mapping[str, float] = field(default_factory=dict)
+    own_multipliers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     matrices: Matrices | None = None
     unclear: str = ""
 
@@ -357,6 +359,7 @@ class _Reader:
             scaling=attention.scaling if attention else None,
             padding=owner.padding_idx if isinstance(owner, nn.Embedding) else None,
             undo=self.undo(name, role, sites),
+            own_multipliers=self.adapter.multipliers,
             matrices=matrices if isinstance(matrices, Matrices) else None,
             unclear=matrices if isinstance(matrices, str) else "",
         )

@@ -21,7 +21,7 @@ from moe_param.scaling.horizon import TOKENS_EXPONENT
 from moe_param.scaling.spec import DEFAULT_SPEC
 from moe_param.structure.shape import SIZES
 from moe_param.training.data.text import DataArguments
-from moe_param.tuned import base_and_target, read_yaml
+from moe_param.tuned import base_and_target, import_modules, read_yaml
 
 SCHEDULES = {"constant": "constant_with_warmup", "wsd": "warmup_stable_decay"}  # short names; warm-up is never dropped
 ALTERNATIVES = (
@@ -105,6 +105,12 @@ class PretrainArguments(TrainingArguments):
     """TrainingArguments with the paper's optimizer settings as defaults, and a horizon in tokens."""
 
     output_dir: str | None = field(default="out", metadata={"help": "Where everything is written."})
+    imports: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Modules to import first, which register models of your own with transformers' Auto classes."
+        },
+    )
     tokens: float | None = field(default=None, metadata={"help": "Tokens to train on (instead of max_steps)."})
     batch_tokens: float | None = field(
         default=None,
@@ -208,6 +214,7 @@ class PretrainArguments(TrainingArguments):
     resume: bool = field(default=False, metadata={"help": "Go on from the last good checkpoint in output_dir."})
 
     def __post_init__(self) -> None:
+        import_modules(self.imports)
         for tokens, steps, unset in (("tokens", "max_steps", -1), ("warmup_tokens", "warmup_steps", None)):
             if getattr(self, tokens) is not None and getattr(self, steps) != unset:
                 raise InputError(f"{tokens} and {steps} are both set: give one of them")

@@ -18,8 +18,10 @@ from tests.models import FAMILIES, tiny_config
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
+    before = dict(adapters._registered)  # what a model that another test imported says of itself
     yield
     adapters._registered.clear()
+    adapters._registered.update(before)
 
 
 class OwnConfig(MixtralConfig):
@@ -76,6 +78,11 @@ def test_an_entry_is_replaced_only_when_it_is_said() -> None:
         ({"refuse": {"depth": ""}}, r"refuse\.depth must be a sentence"),
         ({"own_factors": {"embedding": {"width": "half"}}}, r"own_factors\.embedding\.width must be a finite number"),
         ({"own_factors": {"embedding": 0.5}}, r"own_factors\.embedding must be a mapping"),
+        (
+            {"multipliers": {"residual": {"depth": -1}}},
+            "multipliers: unknown site 'residual' .did you mean 'residual_br",
+        ),
+        ({"multipliers": {"attention_logits": {"head_dim": -1}}}, "unknown site 'attention_logits'"),
         ({"gate": {"score": "sigmoid"}}, "gate: unknown key 'score' .did you mean 'scores'"),
         ({"gate": {"groups": "max3"}}, r"gate\.groups must be one of 'max', 'top2', got 'max3'"),
         ({"gate": {"divide": 2}}, r"gate\.divide must be the name of an attribute"),
