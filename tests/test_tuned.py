@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,33 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "init_std: 2e-2\n")
     assert yaml.safe_load(path.read_text())["init_std"] == "2e-2"
     assert read_tuned(path).init_std == 0.02
+
+
+OWN = """
+from transformers import AutoConfig, MixtralConfig
+
+
+class OwnConfig(MixtralConfig):
+    model_type = "imported_first"
+
+
+AutoConfig.register("imported_first", OwnConfig)
+"""
+
+
+def test_a_module_that_registers_a_model_is_imported_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the current folder, by whoever reads the file; the console script has no such folder on its path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder])
+    (tmp_path / "registers_a_model.py").write_text(OWN)
+    path = tmp_path / "tuned.yaml"
+    path.write_text("model_type: imported_first\n")
+    with pytest.raises(TunedError, match="no config for 'imported_first'"):
+        read_tuned(path)
+    path.write_text("imports: registers_a_model\nmodel_type: imported_first\n")
+    assert parse([str(path)])[2].imports == ["registers_a_model"]
+    assert read_tuned(path).base.model_type == "imported_first"
+    path.write_text("imports: [registers_a_modle]\nmodel_type: imported_first\n")
+    for read in (read_tuned, lambda path: parse([str(path)])):
+        with pytest.raises(TunedError, match="imports: 'registers_a_modle' cannot be imported.*in " + str(tmp_path)):
+            read(path)
