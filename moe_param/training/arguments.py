@@ -214,7 +214,8 @@ class PretrainArguments(TrainingArguments):
     resume: bool = field(default=False, metadata={"help": "Go on from the last good checkpoint in output_dir."})
 
     def __post_init__(self) -> None:
-        self.imports = [self.imports] if isinstance(self.imports, str) else self.imports  # one, in a YAML file
+        imports: Any = self.imports
+        self.imports = [imports] if isinstance(imports, str) else imports  # one, in a YAML file
         import_modules(self.imports)
         for tokens, steps, unset in (("tokens", "max_steps", -1), ("warmup_tokens", "warmup_steps", None)):
             if getattr(self, tokens) is not None and getattr(self, steps) != unset:
