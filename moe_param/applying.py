@@ -122,8 +122,8 @@ def apply(
             `moe-param tune` wrote (`read_tuned`): base, spec, init_std and constants are then the file's, and its
             learning rate, betas, epsilon and decay are in the result's `tuned`.
         target_shape: checked against the model; the model's own shape by default.
-        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`), a YAML path, a mapping;
-            by default the file's, or `moe-completep`.
+        spec: a preset (`moe-completep`, `completep`, `mup`, `mup-moe`, `kakao`, `standard`, `table2`, `mssp`), a YAML
+            path, a mapping; by default the file's, or `moe-completep`.
         init_std: σ of every randomly initialized parameter of the base; by default transformers' own.
         constants: {role: {"init": c, "lr": c}}, constant factors found on the base (arXiv:2601.20205, D.1).
         seed: of the initialization; with the parameter's name it decides every value, whatever the order, the device

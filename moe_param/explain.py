@@ -112,7 +112,7 @@ def _describe_init(law: InitLaw) -> str:
         return "as it is"
     if law.kind == "special":
         return "transformers' own" + (f" × {law.std:.4g}" if law.std not in (0.0, 1.0) else "")
-    return f"{law.kind} {law.std:.4g}"
+    return f"{law.kind} {law.std:.4g}" + (", all experts alike" if law.tied else "")
 
 
 def _ratios(base: Shape, target: Shape) -> str:

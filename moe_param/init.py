@@ -138,7 +138,7 @@ def _write_block(
     inside = tuple(local.shape[1:]) == tuple(shape[1:]) and start >= offset[0]
     inside = inside and (not shape or stop <= offset[0] + local.shape[0])
     target = (local[start - offset[0] : stop - offset[0]] if shape else local) if inside else None
-    generator = torch.Generator().manual_seed(derive(seed, name, start))
+    generator = torch.Generator().manual_seed(derive(seed, name, 0 if law.tied else start))
     with torch.no_grad():
         direct = target is not None and target.device.type == "cpu" and target.dtype == torch.float32
         block = target if direct and target is not None and target.is_contiguous() else torch.empty(block_shape)

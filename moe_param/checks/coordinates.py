@@ -23,8 +23,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moe_param.applying import plan
-from moe_param.checks.measure import QUANTITIES, Run, measure
+from moe_param.checks.measure import Run, measure
 from moe_param.checks.verdicts import Slope, Status, Verdict, fit, judge, overall
+from moe_param.checks.watch import QUANTITIES
 from moe_param.corpus import byte_windows, stdlib_files
 from moe_param.errors import MoeParamError
 from moe_param.ledger import append, read_finished

@@ -12,8 +12,12 @@ from moe_param.statistics import half_width, slope
 
 GROW, VANISH = 0.2, -0.6
 """Verdict: a change may not grow faster than size^0.2. It may fall as size^-0.5 where it is an average of many
-independent parts (top_k experts, α·n hidden units, early logits), and not faster than size^-0.6. The residual stream
-may do neither beyond 0.2, but on depth, where in the first steps it is such an average over layers."""
+independent parts (top_k experts, α·n hidden units, early logits), and not faster than size^-0.6. What is no such
+average may do neither beyond 0.2, see `floor`."""
+
+FADING = ("router_logits_by_input", "logits_by_input")
+"""What initial weights make of a change of their input may fade where they fade themselves: initial router logits and
+logits are meant to fall with size, and a router may start at zero."""
 
 Status = Literal["passed", "failed", "undecided"]
 
@@ -65,18 +69,30 @@ def fit(points: Iterable[tuple[int, float, float | None]]) -> Slope:
     return Slope(mean, math.nan, math.nan) if half is None else Slope(mean, mean - half, mean + half)
 
 
+def floor(quantity: str, axis: str) -> float:
+    """The exponent below which a change counts as vanishing. The number of experts makes an average of their sum alone.
+    The residual stream is one on depth, where in the first steps layers add up independently."""
+    if quantity in FADING:
+        return -math.inf
+    if axis == "num_experts":
+        return VANISH if quantity == "moe_output" else -GROW
+    return -GROW if quantity == "residual" and axis != "depth" else VANISH
+
+
 def judge(quantity: str, change: Slope, axis: str) -> Verdict:
     """The verdict on one quantity by how its change scales; with one seed, which has no interval, by the value."""
-    floor = -GROW if quantity == "residual" and axis != "depth" else VANISH
+    lowest = floor(quantity, axis)
     power = f"{axis}^{change.value:+.2f}"
     if math.isnan(change.value):
+        if quantity in FADING:
+            return Verdict("passed", "it did not change: the initial weights are zero")
         return Verdict("undecided", "it did not change, so there is nothing to fit")
-    for bound in (floor, GROW):
+    for bound in (lowest, GROW):
         if change.holds(bound):
             return Verdict("undecided", f"{power}, but {change.interval} holds the bound {bound:+.1f}: more seeds")
     if change.value > GROW:
         return Verdict("failed", f"its change grows as {power}")
-    if change.value < floor:
+    if change.value < lowest:
         return Verdict("failed", f"its change vanishes as {power}")
     why = "an average of ever more independent parts" if change.value < -GROW else "it stays"
     return Verdict("passed", f"{power}: {why}" + ("" if change.interval else " (one seed, no interval)"))

@@ -20,6 +20,9 @@ from moe_param.structure.laws import InitLaw
 from moe_param.structure.matrices import Matrices
 from moe_param.structure.roles import LEFT_ALONE, UNTRAINED, Info, Structure
 
+STACK = 3
+"""Dimensions of a tensor that holds the experts of a layer: which one, and those of its matrix."""
+
 
 class ParameterizationError(MoeParamError):
     """A model, a base and a spec that do not fit together; nothing was written."""
@@ -189,10 +192,15 @@ def _rule(
     lr = ratios.scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
     matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")
     law = pair.base.law if spec.init == "base" else info.law
+    if row.tied and len(info.shape) != STACK:
+        raise ParameterizationError(
+            f"spec {spec.name} starts all experts of a layer with the same values, and {pair.name} is no stack of them "
+            f"(experts, …, …) but {info.shape}: leave 'tied' out of the row {info.role}"
+        )
     return Rule(
         role=info.role,
         shape=info.shape,
-        init=_fold_law(law, info.offset, std_ratio, multiplier, init_std),
+        init=replace(_fold_law(law, info.offset, std_ratio, multiplier, init_std), tied=row.tied),
         lr=lr,
         eps=_linear_eps(spec, linear) if row.eps is None else ratios.scale(row.eps) / multiplier,
         weight_decay=1.0 / lr if row.decay and matrix else 0.0,

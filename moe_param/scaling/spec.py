@@ -29,7 +29,7 @@ DEFAULT_SPEC = "moe-completep"
 """The preset of arXiv:2601.20205."""
 
 _KEYS = ("name", "source", "extends", "init", "fixed", "multipliers", "roles")
-_ROW_KEYS = ("init_std", "lr", "eps", "decay", "source", "muon")
+_ROW_KEYS = ("init_std", "lr", "eps", "decay", "source", "muon", "tied")
 _MUON_KEYS = ("lr",)
 
 Exponents = Mapping[str, float]
@@ -48,6 +48,7 @@ class RoleRule:
 
     eps is the expected gradient RMS; None (written `linear`) takes the row of the linear or norm a bias belongs to.
     muon: exponents of the learning rate of an orthogonalized update; None: there is no rule for that.
+    tied: all experts of a layer start with the same values.
     """
 
     init_std: Exponents
@@ -56,6 +57,7 @@ class RoleRule:
     decay: bool
     source: str
     muon: Exponents | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class ScalingSpec:
                 "decay": row.decay,
                 "source": row.source,
                 **({} if row.muon is None else {"muon": {"lr": dict(row.muon)}}),
+                **({"tied": True} if row.tied else {}),
             }
             for role, row in self.roles.items()
         }
@@ -185,11 +188,12 @@ def _row(row: Any, where: str, parent: Mapping[str, Any]) -> RoleRule:
     """One row; keys it leaves out are those of `parent`, except its source: a changed row has a reason of its own."""
     row = _mapping(row, _ROW_KEYS, "key", where)
     source = _text(row, "source", f"{where}: every row names its source (paper, table)")
-    values = {"init_std": {}, "lr": {}, "eps": {}, "decay": False, **parent, **row}
+    values = {"init_std": {}, "lr": {}, "eps": {}, "decay": False, "tied": False, **parent, **row}
     if values["eps"] == "linear" and not where.endswith(": bias"):
         raise SpecError(f"{where}: only biases can take the epsilon of their linear")
-    if not isinstance(values["decay"], bool):
-        raise SpecError(f"{where}.decay must be true or false, got {values['decay']!r}")
+    for key in ("decay", "tied"):
+        if not isinstance(values[key], bool):
+            raise SpecError(f"{where}.{key} must be true or false, got {values[key]!r}")
     return RoleRule(
         init_std=_exponents(values["init_std"], f"{where}.init_std"),
         lr=_exponents(values["lr"], f"{where}.lr"),
@@ -197,6 +201,7 @@ def _row(row: Any, where: str, parent: Mapping[str, Any]) -> RoleRule:
         decay=values["decay"],
         source=source,
         muon=_muon(values["muon"], f"{where}.muon") if "muon" in values else None,
+        tied=values["tied"],
     )
 
 

@@ -19,12 +19,14 @@ class InitLaw:
     kind: "normal" (std), "uniform" (half-width `std`·√3 around 0, so that std means the same), "trunc_normal"
         (std before truncation, cut at ±bound), "constant" (value), "special" (anything else; left to transformers) or
         "kept" (whatever is there: of parameters that are left alone).
+    tied: all along the first dimension, the experts of a stack, start with the same values.
     """
 
     kind: str
     std: float = 0.0
     value: float = 0.0
     bound: float = 0.0
+    tied: bool = False
 
 
 class InitWatcher(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Base:
     run: ShortRun
     settings: dict[str, Any]  # what a trial's loss depends on: a study holds trials of one kind only
     yaml: dict[str, Any]  # tuned.yaml, with None for the numbers that are searched
+    imports: tuple[str, ...] = ()  # modules that register the model with transformers, in every process
 
 
 def read_base(args: TuneArguments, model: ModelArguments, data: DataArguments, training: PretrainArguments) -> Base:
@@ -74,7 +75,8 @@ def read_base(args: TuneArguments, model: ModelArguments, data: DataArguments, t
         canonical(start),
         run,
         settings_of(args, base, run, plan),
-        document_of(args.config, {"spec": model.spec or plan.spec.name, **given}, base, plan, data),
+        document_of(args.config, {"spec": model.spec or plan.spec.name, **given}, base, plan, data, training.imports),
+        tuple(training.imports),
     )
 
 
@@ -103,7 +105,12 @@ def settings_of(args: TuneArguments, base: PretrainedConfig, run: ShortRun, plan
 
 
 def document_of(
-    source: str | None, given: Mapping[str, Any], base: PretrainedConfig, plan: Parameterization, data: DataArguments
+    source: str | None,
+    given: Mapping[str, Any],
+    base: PretrainedConfig,
+    plan: Parameterization,
+    data: DataArguments,
+    imports: Sequence[str],
 ) -> dict[str, Any]:
     """tuned.yaml but for the numbers that are searched; what else the file `source` says is carried over."""
     text = {f.name: getattr(data, f.name) for f in fields(DataArguments)}
@@ -118,6 +125,7 @@ def document_of(
         **{name: value for name, value in given.items() if value not in (None, -1, {})},
         **{name: value for name, value in text.items() if name in TEXT or value != defaults[name]},
         **{name: value for name, value in carried.items() if name not in (*OURS, *text)},
+        **({"imports": list(imports)} if imports else {}),
     }
 
 

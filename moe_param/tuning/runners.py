@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 
 from moe_param.errors import InputError
+from moe_param.tuned import import_modules
 from moe_param.tuning.base import Base
 from moe_param.tuning.commands import CommandRunner
 from moe_param.tuning.ledger import cores
@@ -73,7 +74,7 @@ class LoopRunner:
 
     def bind(self, base: Base) -> Evaluate:
         """See `Runner.bind`: a device that is not there or lacks the dtype, a text that cannot be read or is short."""
-        return Loop(self.checked(base.run), self.devices())
+        return Loop(self.checked(base.run), self.devices(), base.imports)
 
     def checked(self, run: ShortRun) -> ShortRun:
         """The run on the first of the devices, in their dtype; it would do on all of them.
@@ -100,9 +101,11 @@ class Loop:
 
     run: ShortRun
     devices: tuple[str, ...]
+    imports: tuple[str, ...] = ()
 
     def __call__(self, point: Point, seed: int, watch: Watch) -> Answer:
         torch.set_num_threads(1)  # the workers are the parallelism
+        import_modules(self.imports)
         device = own_device(self.devices)
         rate, std, constants = split(point)
         try:

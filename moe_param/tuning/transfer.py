@@ -22,7 +22,7 @@ from rich.console import Console
 
 from moe_param.folder_lock import folder_lock
 from moe_param.training.report import finite, hardware, versions
-from moe_param.tuned import Tuned
+from moe_param.tuned import Tuned, import_modules
 from moe_param.tuning.costs import Costs
 from moe_param.tuning.drift import Curves, Row, Run, compare
 from moe_param.tuning.ledger import run_all
@@ -41,9 +41,11 @@ class Train:
     """What a worker does: one run, in one thread, on its own of the devices, to its end."""
 
     devices: tuple[str, ...] = ("cpu",)
+    imports: tuple[str, ...] = ()
 
     def __call__(self, run: ShortRun, watch: Watch) -> dict[str, Any]:
         torch.set_num_threads(1)
+        import_modules(self.imports)
         found: dict[str, Any] = finite(asdict(train(replace(run, device=own_device(self.devices)))))
         return found
 
@@ -128,7 +130,7 @@ def gather(args: TransferArguments, plan: Plan, console: Console) -> tuple[Losse
     while True:
         rungs, trials, jobs = jobs_of(plan, extent, args.seeds)
         done = run_all(
-            Train(plan.devices),
+            Train(plan.devices, plan.imports),
             jobs,
             Path(args.output_dir) / "runs.jsonl",
             settings={key: asdict(job) for key, job in jobs.items()},

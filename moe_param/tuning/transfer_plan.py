@@ -148,6 +148,7 @@ class Plan:
     template: the base's own run. configs: "base" and the targets. first: the spec that the others are compared with,
     the file's unless said. shared: specs that are the first one at the base, which is run once. active: parameters that
     a token visits, flops: of one run, both of the base and every target. devices: those that runs take turns on.
+    imports: modules that register the model with transformers, in every process.
     """
 
     template: ShortRun
@@ -159,6 +160,7 @@ class Plan:
     searches: tuple[Search, ...]
     base_runs: BaseRuns
     devices: tuple[str, ...] = ("cpu",)
+    imports: tuple[str, ...] = ()
 
     @property
     def first(self) -> str:
@@ -316,6 +318,7 @@ def plan_runs(args: TransferArguments, tuned: Tuned | None = None, training: Map
         searches,
         base_runs(Path(args.config) if tuned is None else None, template.lr, args.base_runs),
         args.runner.devices(),
+        tuple(arguments.imports),
     )
 
 

@@ -13,8 +13,9 @@ from transformers import BertConfig
 import moe_param
 from moe_param import Shape, ShapeError
 from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
-from moe_param.checks.measure import Watch, _head, expert_activations
+from moe_param.checks.measure import _head
 from moe_param.checks.verdicts import GROW, Slope, fit, judge
+from moe_param.checks.watch import Watch, expert_hidden, expert_output
 from moe_param.errors import InputError
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.dispatch import is_experts
@@ -162,7 +163,8 @@ def test_single_experts_add_up_to_the_experts_module(family: str) -> None:
     weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(1))
     model.set_experts_implementation("eager")
     with torch.no_grad():
-        _, outputs = expert_activations(experts, hidden_states, index)
+        now = dict(experts.named_parameters())
+        outputs = expert_output(experts, now, expert_hidden(experts, now, hidden_states, index), index)
         if getattr(experts, "has_post_expert_norm", False):  # transformers 5.17 does not know it
             outputs = experts.post_expert_norm(outputs)
         summed = (outputs.view(6, 2, -1) * weights[..., None]).sum(1)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 import moe_param
 from moe_param import OptimizerError
 from moe_param.optim import muon
-from moe_param.optim.muon import Muon, orthogonalized
+from moe_param.optim.muon import Muon, orthogonalized, working_dtype
 from moe_param.structure.dispatch import is_experts
 from moe_param.structure.matrices import Matrices, arrangement
 from moe_param.tuned import TunedNumbers
@@ -41,7 +41,10 @@ PLAIN = {"copies": 1, "transposed": False, "parts": [], "interleaved": False, "s
 # -- the update ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_a_plain_matrix_is_trained_as_by_torch(shape: tuple[int, int], nesterov: bool) -> None:
+def test_a_plain_matrix_is_trained_as_by_torch(
+    shape: tuple[int, int], nesterov: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon, "working_dtype", lambda _: torch.bfloat16)  # torch's on every device
     generator = torch.Generator().manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape, generator=generator))
     theirs = torch.nn.Parameter(ours.detach().clone())
@@ -57,7 +60,9 @@ def test_a_plain_matrix_is_trained_as_by_torch(shape: tuple[int, int], nesterov:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_stack_is_a_loop_over_its_matrices() -> None:
+def test_a_stack_is_a_loop_over_its_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = {torch.float32: torch.bfloat16, torch.float64: torch.float64}
+    monkeypatch.setattr(muon, "working_dtype", lambda found: computed[found.dtype])
     stack = torch.randn(7, 24, 40, generator=torch.Generator().manual_seed(1))
     one_by_one = [_zeropower_via_newtonschulz(each, (3.4445, -4.7750, 2.0315), 5, 1e-7) for each in stack]
     torch.testing.assert_close(orthogonalized(stack), torch.stack(one_by_one), rtol=0, atol=2**-6)  # bfloat16
@@ -87,6 +92,13 @@ def test_singular_values_come_near_one() -> None:
     found = orthogonalized(torch.randn(3, 32, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_what_the_iteration_is_computed_in() -> None:
+    plain = torch.ones(1, 2, 2)
+    assert working_dtype(plain) == torch.float32 and working_dtype(plain.bfloat16()) == torch.float32
+    assert working_dtype(plain.double()) == torch.float64
+    assert working_dtype(plain.to("meta")) == torch.bfloat16  # as any device that is no CPU
 
 
 # -- which matrices a tensor holds -----------------------------------------------------------------------------------

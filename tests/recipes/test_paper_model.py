@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_param
+from moe_param.cli.tune import read
 from moe_param.structure.roles import read_structure
 from moe_param.training.pretrain import main as train_command
 from moe_param.tuned import TunedError, build_config, read_tuned
+from moe_param.tuning.base import read_base
+from moe_param.tuning.runners import LoopRunner
+from moe_param.tuning.transfer import Train
+from moe_param.tuning.transfer_plan import TransferArguments, plan_runs
 from recipes.paper import MoEGPTConfig, MoEGPTForCausalLM
 from tests.models import KeepDouble, tokens
 from tests.reference.moe_gpt import MoEGPT, Sizes
@@ -312,22 +320,45 @@ def test_attention_backends_padding_and_cache_agree() -> None:
         model(input_ids=tokens(BASE.vocab, batch=1, length=17))
 
 
-def test_the_train_command_trains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name in a YAML file that says what to import; balanced with its own biases, and what is saved loads."""
+def small_file(tmp_path: Path, **more: Any) -> Path:
+    """A YAML file that says what to import, and a text beside it."""
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     overrides = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
     overrides |= {"num_experts": 4, "moe_intermediate_size": 16, "max_position_embeddings": 32}
     values = {"imports": ["recipes.paper"], "model_type": "moe_gpt", "overrides": overrides}
-    values |= {"train_files": [str(text)], "seq_len": 32, "validation_blocks": 4, "max_steps": 20, "report_to": "none"}
-    (tmp_path / "model.yaml").write_text(json.dumps(values))
-    summary = train_command(
-        [str(tmp_path / "model.yaml"), "--output_dir", str(tmp_path / "out"), "--shape", "width=32,num_experts=8"]
-    )
+    values |= {"train_files": [str(text)], "seq_len": 32, "validation_blocks": 4, "max_steps": 20}
+    (tmp_path / "model.yaml").write_text(json.dumps(values | more))
+    return tmp_path / "model.yaml"
+
+
+def test_the_train_command_trains_it(tmp_path: Path) -> None:
+    """By its name in a YAML file; balanced with its own biases, and what is saved loads."""
+    file = small_file(tmp_path, report_to="none")
+    summary = train_command([str(file), "--output_dir", str(tmp_path / "out"), "--shape", "width=32,num_experts=8"])
     assert summary["steps"] == 20 and summary["validation_loss"] < 5.4  # log 256 = 5.55
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert moe_param.Shape.from_config(loaded.config).num_experts == 8
     assert all(layer.moe.router.selection_bias.any() for layer in loaded.model.layers), "they followed the load"
+
+
+@pytest.mark.slow
+def test_workers_know_it(tmp_path: Path) -> None:
+    """What a search and a transfer give to a process that has not seen the model; tuned.yaml says it to the next."""
+    file = small_file(tmp_path, learning_rate=2**-7, max_steps=3)
+    base = read_base(*read([str(file), "--output_dir", str(tmp_path)]))
+    plan = plan_runs(TransferArguments(config=str(file), axes=["width=2"]))
+    assert base.yaml["imports"] == ["recipes.paper"]
+    given = (LoopRunner("cpu").bind(base), base.start, Train(imports=plan.imports), plan.template)
+    (tmp_path / "work").write_bytes(pickle.dumps(given))
+    work = f"""
+import pickle, sys
+search, point, transfer, run = pickle.load(open({str(tmp_path / "work")!r}, "rb"))
+assert "recipes.paper" not in sys.modules
+answer, outcome = search(point, 0, lambda share, loss: True), transfer(run, lambda share, loss: True)
+print(answer.failure or answer.loss == outcome["validation_loss"] < 6)"""
+    done = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr[-2000:] + done.stdout
 
 
 # -- the paper's sizes -----------------------------------------------------------------------------------------------

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import moe_param
 from moe_param import ScalingSpec, SpecError
 from moe_param.scaling.spec import ROLES, presets
-from tests.models import classes, tiny_config
+from tests.models import OWN_EXPERTS, classes, tiny_config
 
-PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard", "table2"}
+PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard", "table2", "mssp"}
 
 
 def table(**changes: Any) -> dict[str, Any]:
@@ -87,6 +88,7 @@ def test_every_row_of_a_preset_has_a_source_and_the_table_survives_yaml(name: st
         (broken("router", eps=None), r"router\.eps must map dimensions to their values"),
         (broken("router", eps="linear"), r"router: only biases can take the epsilon of their linear"),
         (broken("router", decay=None), r"router\.decay must be true or false, got None"),
+        (broken("expert_up", tied="yes"), r"expert_up\.tied must be true or false, got 'yes'"),
         (broken("router", source=None), r"router: every row names its source .* source must be text, found None"),
         (broken("router", lr={None: -1}), r"router\.lr: unknown dimension None"),
         (broken("router", lr={"width": None}), r"router\.lr\.width must be a finite number, got None"),
@@ -321,6 +323,52 @@ def test_moe_completep_on_dots1_where_gates_are_not_normalized() -> None:
 )
 def test_the_other_tables_on_mixtral(spec: str, expected: dict[str, tuple[float, float, float, float]]) -> None:
     check(plan("mixtral", MIXTRAL, spec), expected)
+
+
+def test_mssp_is_the_published_table() -> None:
+    """arXiv:2605.14200: width n ×4, experts E, top_k and expert size H with it, gates that are divided by top_k. The
+    output's learning rate is 1/n, its epsilon 1; that of all other matrices 1/fan_in, epsilons as there."""
+    base = {**MIXTRAL[0], "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}
+    target = {**MIXTRAL[1], "num_hidden_layers": 2, "num_local_experts": 16, "num_experts_per_tok": 8}
+    p = plan("mixtral", (base, {**target, "intermediate_size": 64}), "mssp")
+    experts = "model.layers.1.mlp.experts."
+    check(
+        p,
+        {
+            "model.embed_tokens.weight": (S, 1, 1 / 4, 1),
+            "model.layers.1.mlp.gate.weight": (S / 2, 1 / 4, 1 / 4, 1),
+            experts + "gate_up_proj": (S / 2, 1 / 4, 1 / 16, 1),
+            experts + "down_proj": (S / 2, 1 / 4, 1 / 16, 1),
+            "lm_head.weight": (S / 4, 1 / 4, 1, 1 / 4),
+        },
+    )
+    assert {name for name, rule in p.rules.items() if rule.init.tied} == {
+        f"model.layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in ("gate_up_proj", "down_proj")
+    }
+
+
+def test_experts_that_start_alike() -> None:
+    cls, config = classes("mixtral")[0], tiny_config("mixtral")
+
+    def initialized(spec: str) -> tuple[list[torch.Tensor], Any]:
+        model = cls(config)
+        p = moe_param.apply(model, config, spec=spec, seed=3)
+        return [layer.mlp.experts.down_proj.detach() for layer in model.model.layers], p
+
+    alike, p = initialized("mssp")
+    assert all(torch.equal(stack, stack[:1].expand_as(stack)) for stack in alike)
+    assert not torch.equal(alike[0], alike[1]) and alike[0][0].std() > 0
+    assert moe_param.Parameterization.from_dict(p.to_dict()).rules == p.rules
+    apart, _ = initialized("moe-completep")
+    assert not any(torch.equal(stack[0], stack[1]) for stack in apart)
+    torch.testing.assert_close(apart[0][0], alike[0][0])  # the first expert is the same one
+
+
+@pytest.mark.parametrize("family", list(OWN_EXPERTS)[:1])
+def test_experts_that_cannot_start_alike(family: str) -> None:
+    cls, config = classes(family)[0], tiny_config(family)
+    with pytest.raises(moe_param.ParameterizationError, match=r"is no stack of them .* leave 'tied' out of the row"):
+        moe_param.plan(cls, config, config, spec="mssp")
 
 
 def test_standard_is_what_transformers_does() -> None:
