@@ -53,7 +53,7 @@ class Check:
     def spec(self) -> str | dict[str, Any]:
         if self.lr is None:
             return "moe-completep"
-        rows = {role: {"muon": {"lr": self.lr}} for role in MATRICES}
+        rows = {role: {"muon": {"lr": self.lr}, "source": "a control"} for role in MATRICES}
         return {"name": "control", "source": "a control", "extends": "moe-completep", "roles": rows}
 
     def run(self, factors: tuple[int, ...], seeds: int, resume: Path | None = None) -> CoordCheck:

@@ -23,10 +23,11 @@ from rich.console import Console
 
 from moe_param import transfer, tune
 from moe_param.errors import MoeParamError
-from recipes.evidence.transfer.bases import BASES, STEPS, config_of
+from recipes.evidence.transfer.bases import BASES, STEPS, VARIANTS, config_of
 
 HERE = Path(__file__).parent
 JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
+SIZED = ("width", "depth", "num_experts", "expert_size")
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,26 @@ STUDIES = {
         {"specs": ["mup-moe", "kakao", "standard"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
     ),
     "expert_size": Study(
-        BASES[:3],
-        ("expert_size=16",),
+        (*BASES[:3], *VARIANTS),
+        ("expert_size=4", "expert_size=16"),
         {"specs": ["moe-completep", "completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
+    ),
+    "router": Study(
+        BASES[:1],
+        ("width=8",),
+        {"specs": ["moe-completep", str(HERE / "constant-router.yaml")], "octaves": [-1.0, 0.0, 1.0]}
+        | {"search": ["none"], "extend": 0},
+    ),
+    "base_size": Study(
+        BASES[:1],
+        (*(f"{axis}={factor}" for axis in SIZED for factor in ("0.5", "2")), JOINT),
+        {"specs": ["moe-completep"], "octaves": [-2.0, -1.0, 0.0, 1.0], "search": ["none"], "extend": 1},
     ),
 }
 """axes: how far the best rate moves, and what keeping the base's costs. search, joint: against `standard`, searched
 at full size over rate and init std, with and without the base's constants. specs: where the rivals fail. expert_size:
-the paper's mean-field init of expert down against fan-in (`completep`)."""
+the paper's mean-field init of expert down against fan-in (`completep`). router: its rate at 1/width against a constant
+one. base_size: where the best rate lies at smaller and larger bases, and what it costs at one joint target."""
 
 SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
 
@@ -115,7 +128,7 @@ def write(file: Path, record: dict[str, Any]) -> None:
 def arguments(description: str | None, bases: Sequence[str]) -> argparse.ArgumentParser:
     """What every script here can be told."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bases", nargs="+", default=list(bases), choices=list(BASES))
+    parser.add_argument("--bases", nargs="+", default=list(bases), choices=[*BASES, *VARIANTS])
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), help="where searches and runs are kept")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--workers", type=int, default=0, help="runs at a time; 0: one per core")
