@@ -66,12 +66,12 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 check: lint types fast  ## lint, types and the fast tests: before every commit, at most 3 minutes on 2 cores
 
 fast: $(STAMP)  ## the fast tests alone
-	$(PYTEST) -m "not slow and not all_families and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not all_families and not long and not gpu" $(PYTEST_ARGS)
 
 test: lint types  ## everything CI checks
-	$(PYTEST) -m "not all_families" $(PYTEST_ARGS)
+	$(PYTEST) -m "not all_families and not long" $(PYTEST_ARGS)
 
-test-all: lint types  ## the same for every family: 7 minutes more on 2 cores
+test-all: lint types  ## the same for every family, and rehearsals: 12 minutes more on 2 cores
 	$(PYTEST) $(PYTEST_ARGS)
 
 docs: $(STAMP)  ## the API reference, from docstrings, into build/docs

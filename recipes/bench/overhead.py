@@ -1,4 +1,4 @@
-"""What moe_param costs: a training step, `apply`, and the import, each against transformers doing the same.
+"""What moe_param costs: a training step, `apply` and the import, each against transformers doing the same; and Muon.
 
     python -m recipes.bench.overhead --out overhead.json
 
@@ -285,7 +285,7 @@ def _python(code: str) -> float:
 
 # -- the report ------------------------------------------------------------------------------------------------------
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    benches = ("step", "apply", "import")
+    benches = ("step", "muon", "apply", "import")
     parser = argparse.ArgumentParser(prog="python -m recipes.bench.overhead", description=DESCRIPTION)
     parser.add_argument("--out", type=Path, help="where the JSON goes")
     parser.add_argument("--only", choices=benches, nargs="+", default=benches, help="default: all")
@@ -294,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smallest", action="store_true", help="tiny models, one round: tries the code, not the times")
     parser.add_argument("--worker", type=int, choices=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    from recipes.bench.muon_step import bench_muon  # which uses what is above
+
     transformers.logging.set_verbosity_error()
     if arguments.worker is not None:
         run = _apply_worker(arguments.smallest, arguments.worker)
@@ -301,6 +303,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         return run
     run_bench = {
         "step": lambda: bench_step(arguments.smallest, arguments.device),
+        "muon": lambda: bench_muon(arguments.smallest, arguments.device),
         "apply": lambda: bench_apply(arguments.smallest, 0 if arguments.smallest else arguments.patience),
         "import": lambda: bench_import(arguments.smallest),
     }

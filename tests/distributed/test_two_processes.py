@@ -92,14 +92,17 @@ def test_fsdp2_trains_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
     assert wrong != pytest.approx(losses, rel=1e-5)
 
 
-def test_fsdp2_trains_matrices_as_one_process_does(ranks: list[dict[str, Any]]) -> None:
-    """Shards of a matrix are put together before it is made orthogonal; those of experts lie unevenly on two ranks."""
+def test_matrices_are_trained_as_by_one_process(ranks: list[dict[str, Any]]) -> None:
+    """FSDP2: shards of a matrix are put together before it is made orthogonal; those of experts lie unevenly on two
+    ranks. DDP: every rank makes the same of the same gradient, to the last bit."""
     numbers: dict[str, Any] = {"lr": worker.LR, "eps": worker.EPS, "weight_decay": worker.DECAY}
     model, parameterization = worker.parameterized(worker.SMALL)
     optimizer = parameterization.optimizer(model, optimizer="muon", **numbers)
     losses = steps(optimizer, model)
     for rank in ranks:
         assert rank["fsdp_muon"]["losses"] == pytest.approx(losses, rel=1e-5)
+        assert rank["ddp_muon"]["losses"] == pytest.approx(losses, rel=1e-5)
+    assert ranks[0]["ddp_muon"]["end"] == ranks[1]["ddp_muon"]["end"]
     assert ranks[0]["fsdp_muon"]["losses"] != pytest.approx(ranks[0]["fsdp"]["losses"], rel=1e-3)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import moe_param
@@ -126,6 +127,21 @@ def train_fsdp(mesh: DeviceMesh, rank: int, name: str = "adamw") -> dict[str, An
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = parameterization.optimizer_factory(name)()(model, lr=LR, eps=EPS, weight_decay=DECAY)
+    return {
+        "losses": steps(model, optimizer, rank),
+        "groups": [[g["names"], g["lr"]] for g in optimizer.param_groups],
+    }
+
+
+def train_ddp(rank: int, name: str) -> dict[str, Any]:
+    """A loop of one's own around DDP; the optimizer is that of the model inside."""
+    model, parameterization = parameterized(SMALL)
+    optimizer = parameterization.optimizer(model, optimizer=name, lr=LR, eps=EPS, weight_decay=DECAY)
+    return {"losses": steps(DistributedDataParallel(model), optimizer, rank), "end": digest(model)}
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> list[float]:
+    """The losses of all ranks' parts of every global batch."""
     losses = []
     for batch in batches():
         part = batch.chunk(2)[rank]
@@ -136,7 +152,7 @@ def train_fsdp(mesh: DeviceMesh, rank: int, name: str = "adamw") -> dict[str, An
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(total.item() / 2)
-    return {"losses": losses, "groups": [[g["names"], g["lr"]] for g in optimizer.param_groups]}
+    return losses
 
 
 def clipped(mesh: DeviceMesh | None, rank: int) -> dict[str, Any]:
@@ -214,6 +230,7 @@ def main(folder: Path) -> None:
         "sharded": sharded_initialization(mesh, rank),
         "fsdp": train_fsdp(mesh, rank),
         "fsdp_muon": train_fsdp(mesh, rank, "muon"),
+        "ddp_muon": train_ddp(rank, "muon"),
         "clipped": clipped(mesh, rank),
         "ddp": train_with_trainer(folder / str(rank), processes=2),
     }

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -17,28 +18,28 @@ SMALLEST = ["--factors", "1", "2", "--steps", "1", "--seeds", "1", "--processes"
 RUN = [sys.executable, "-m", "recipes.evidence.coord_check.run"]
 
 
-def test_families_recipe_runs_and_resumes(tmp_path: Path) -> None:
-    def run(*families: str) -> list[str]:
-        command = [*RUN, "--out", str(tmp_path), "--families", *families, *SMALLEST]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        return (tmp_path / "finished.jsonl").read_text().splitlines()
+def recipe(out: Path, *options: str) -> list[dict[str, Any]]:
+    subprocess.run([*RUN, "--out", str(out), *options, *SMALLEST], check=True, capture_output=True, timeout=300)
+    found: list[dict[str, Any]] = json.loads((out / "families.json").read_text())["rows"]
+    return found
 
-    first = run("mixtral")  # as if it had been stopped after the first
-    both = run("mixtral", "phimoe")
-    assert both[:1] == first and len(both) == 2  # seconds included: it was not run again
+
+def test_families_recipe_checks_mixtures(tmp_path: Path) -> None:
+    [row] = recipe(tmp_path, "--families", "phimoe")
     table = (tmp_path / "families.md").read_text()
-    assert "| mixtral |" in table and "sparsemixer" in table
-    rows = json.loads((tmp_path / "families.json").read_text())["rows"]
-    assert [row["family"] for row in rows] == ["mixtral", "phimoe"]
-    assert set(rows[0]["checks"]["width/moe-completep"]["slopes"]) >= {"residual", "router_logits", "logits"}
+    assert "| phimoe |" in table and "sparsemixer" in table
+    assert set(row["checks"]["width/moe-completep"]["slopes"]) >= {"residual", "router_logits", "logits"}
 
 
-def test_families_recipe_checks_dense_families(tmp_path: Path) -> None:
-    command = [*RUN, "--dense", "--out", str(tmp_path), "--families", "gpt2", *SMALLEST]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+def test_families_recipe_checks_dense_families_and_resumes(tmp_path: Path) -> None:
+    recipe(tmp_path, "--dense", "--families", "gpt2")  # as if it had been stopped after the first
+    first = (tmp_path / "finished.jsonl").read_text().splitlines()
+    rows = recipe(tmp_path, "--dense", "--families", "gpt2", "gpt_neo")
+    both = (tmp_path / "finished.jsonl").read_text().splitlines()
+    assert both[:1] == first and len(both) == 2  # seconds included: it was not run again
     assert "| family | width | depth |" in (tmp_path / "families.md").read_text()
-    (row,) = json.loads((tmp_path / "families.json").read_text())["rows"]
-    assert set(row["checks"]["depth/standard"]["slopes"]) >= {"residual", "mlp_output", "logits"}
+    assert [row["family"] for row in rows] == ["gpt2", "gpt_neo"]
+    assert set(rows[0]["checks"]["depth/standard"]["slopes"]) >= {"residual", "mlp_output", "logits"}
 
 
 def test_families_recipe_names_unknown_families(tmp_path: Path) -> None:

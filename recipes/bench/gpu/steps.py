@@ -6,8 +6,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.bench.goals import GOALS
-
 NOT_BUILT_STATUS = 3
 """The exit status of a step that finds nothing to run; the last line that it says is why."""
 
@@ -51,7 +49,7 @@ STEPS = (
     Step("c", "an experts layer, all implementations", "recipes.bench.experts", EXPERTS, limit=240),
     Step("d", "what balancing costs", "recipes.bench.balance", limit=120),
     Step("e", "what our groups of Adam cost", "recipes.bench.overhead", ("--only", "step"), limit=90),
-    Step("e, Muon", "what our groups of Muon cost", not_built=GOALS["step, Muon"].not_built),
+    Step("e, Muon", "what our groups of Muon cost", "recipes.bench.overhead", ("--only", "muon"), limit=90),
     Step("f", "a training run, megablocks against grouped_mm", "recipes.bench.gpu.training", limit=420),
     Step("g", "building grouped_gemm for this GPU", "recipes.bench.gpu.build", limit=420),
     Step("g, c again", "the experts layer, with grouped_gemm", "recipes.bench.experts", EXPERTS, limit=240, needs="g"),

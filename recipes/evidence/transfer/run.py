@@ -27,7 +27,9 @@ from recipes.evidence.transfer.bases import BASES, STEPS, VARIANTS, config_of
 
 HERE = Path(__file__).parent
 JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
-SIZED = ("width", "depth", "num_experts", "expert_size")
+CONSTANT_ROUTER = "recipes/evidence/transfer/constant-router.yaml"
+SIZED = {"width": (0.5, 2), "depth": (0.5, 2), "num_experts": (2,), "expert_size": (0.5, 2)}
+"""Half the experts of a base with 2 of 8 is 1 of 4, whose normalized gate is 1 whatever the router says."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ STUDIES = {
     "joint": Study(BASES[:1], (JOINT,), SEARCH | {"search_at": [JOINT]}),
     "specs": Study(
         BASES[:1],
-        ("width=4", "depth=4"),
+        ("width=4",),
         {"specs": ["mup-moe", "kakao", "standard"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
+    ),
+    "specs_depth": Study(
+        BASES[:1],
+        ("depth=4",),
+        {"specs": ["mup-moe", "standard"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
     ),
     "expert_size": Study(
         (*BASES[:3], *VARIANTS),
@@ -65,19 +72,19 @@ STUDIES = {
     "router": Study(
         BASES[:1],
         ("width=8",),
-        {"specs": ["moe-completep", str(HERE / "constant-router.yaml")], "octaves": [-1.0, 0.0, 1.0]}
-        | {"search": ["none"], "extend": 0},
+        {"specs": ["moe-completep", CONSTANT_ROUTER], "octaves": [-1.0, 0.0, 1.0]} | {"search": ["none"], "extend": 0},
     ),
     "base_size": Study(
         BASES[:1],
-        (*(f"{axis}={factor}" for axis in SIZED for factor in ("0.5", "2")), JOINT),
+        (*(f"{axis}={factor}" for axis, factors in SIZED.items() for factor in factors), JOINT),
         {"specs": ["moe-completep"], "octaves": [-2.0, -1.0, 0.0, 1.0], "search": ["none"], "extend": 1},
     ),
 }
 """axes: how far the best rate moves, and what keeping the base's costs. search, joint: against `standard`, searched
-at full size over rate and init std, with and without the base's constants. specs: where the rivals fail. expert_size:
-the paper's mean-field init of expert down against fan-in (`completep`). router: its rate at 1/width against a constant
-one. base_size: where the best rate lies at smaller and larger bases, and what it costs at one joint target."""
+at full size over rate and init std, with and without the base's constants. specs, specs_depth: where the rivals fail;
+kakao has no rule for depth. expert_size: the paper's mean-field init of expert down against fan-in (`completep`).
+router: its rate at 1/width against a constant one. base_size: where the best rate lies at smaller and larger bases, and
+what it costs at one joint target."""
 
 SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
 
