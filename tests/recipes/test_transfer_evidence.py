@@ -6,16 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
 import moe_param
 from moe_param.structure.trace import model_class_for
-from recipes.evidence.transfer import tables
+from recipes.evidence.transfer import base_size, tables
 from recipes.evidence.transfer.bases import BASES, config_of
 from recipes.evidence.transfer.horizon import exponents
 from recipes.evidence.transfer.run import HERE, JOINT, STUDIES
+from tests.models import tiny_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +41,46 @@ def test_a_study_at_its_smallest(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "tune" / "mixtral-stdlib.json").read_text())["full_runs"] <= 20
     record = json.loads((tmp_path / "out" / "axes" / "mixtral-stdlib.json").read_text())
     assert [row["target"] for row in record["summary"]] == ["width=4"]
+
+
+def test_a_base_of_another_size_gives_the_same_rules() -> None:
+    """What `base_size` reads its ladders by: from half the base by way of the base is straight from half the base."""
+    sizes = [{"hidden_size": 32 * f, "intermediate_size": 16 * f * f, "num_local_experts": 4 * f} for f in (1, 2, 4)]
+    half, base, target = (
+        tiny_config("mixtral", **size, num_experts_per_tok=2 * f) for f, size in zip((1, 2, 4), sizes)
+    )
+    cls = model_class_for(base)
+    straight = moe_param.plan(cls, target, half).rules
+    first, second = moe_param.plan(cls, base, half).rules, moe_param.plan(cls, target, base).rules
+    for name, rule in straight.items():
+        assert rule.lr == pytest.approx(first[name].lr * second[name].lr), name
+        assert rule.eps == pytest.approx(first[name].eps * second[name].eps), name
+        if rule.init_std is not None:
+            scales = [found[name].init_std / 0.02 for found in (first, second)]
+            assert rule.init_std == pytest.approx(0.02 * scales[0] * scales[1]), name
+
+
+def test_a_base_is_judged_by_its_rung_and_its_optimum() -> None:
+    """Parabolas with known optima: half the width a whole octave lower, the target half an octave higher."""
+
+    def record(**optima: float) -> dict[str, Any]:
+        runs = {
+            f"moe-completep/{name}/{octave:g}/{seed}": 2.0 + 0.01 * (octave - best) ** 2
+            for name, best in optima.items()
+            for octave in (-2.0, -1.0, 0.0, 1.0)
+            for seed in (0, 1)
+        }
+        return {"runs": runs, "active_parameters": {name: 100 + i for i, name in enumerate(optima)}}
+
+    found = {
+        "base_size": record(**{"base": 0.0, "width=0.5": -1.0, JOINT: 0.5}),
+        "axes": record(**{"base": 0.0, "width=4": 0.0, JOINT: 0.5}),
+    }
+    by_name = {size.name: size for size in base_size.sizes(found)}
+    assert set(by_name) == {"base", "width=0.5", "width=4"}
+    assert by_name["width=0.5"].best == -1 and by_name["width=0.5"].drift == pytest.approx(1.5)
+    assert by_name["width=0.5"].regret == pytest.approx((2 + 0.01 * 1.5**2) / (2 + 0.01 * 0.5**2) - 1)
+    assert by_name["base"].drift == pytest.approx(0.5) and by_name["base"].regret == pytest.approx(0)
 
 
 def test_the_exponent_is_that_of_the_optima() -> None:

@@ -38,7 +38,10 @@ BASES = tuple(f"{family}-{text}" for text in TEXTS for family in FAMILIES)
 ALPHAS = {"mixtral_quarter": 8, "mixtral_four": 128}
 """Mixtral with experts of α = expert_size / width = 1/4 and 4; all others have α = 1."""
 
-VARIANTS = tuple(f"{name}-stdlib" for name in ALPHAS)
+MUON = "mixtral_muon"
+"""Mixtral, its matrices trained by Muon."""
+
+VARIANTS = tuple(f"{name}-stdlib" for name in (*ALPHAS, MUON))
 
 STEPS = 300
 
@@ -46,7 +49,7 @@ STEPS = 300
 def config_of(base: str, steps: int = STEPS) -> dict[str, Any]:
     """What the YAML file of a base says."""
     name, text = base.split("-")
-    family = "mixtral" if name in ALPHAS else name
+    family = "mixtral" if name in (*ALPHAS, MUON) else name
     alpha = {"intermediate_size": ALPHAS[name]} if name in ALPHAS else {}
     return {
         "model_type": family,
@@ -54,4 +57,5 @@ def config_of(base: str, steps: int = STEPS) -> dict[str, Any]:
         **TEXTS[text],
         **{"seq_len": 64, "learning_rate": 2.0**-7, "max_steps": steps, "per_device_train_batch_size": 16},
         **{"lr_scheduler_type": "linear", "warmup_steps": 0.25, "balance_rate": 0.0},
+        **({"optimizer": "muon"} if name == MUON else {}),
     }

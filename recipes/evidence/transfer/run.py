@@ -23,7 +23,7 @@ from rich.console import Console
 
 from moe_param import transfer, tune
 from moe_param.errors import MoeParamError
-from recipes.evidence.transfer.bases import BASES, STEPS, VARIANTS, config_of
+from recipes.evidence.transfer.bases import ALPHAS, BASES, MUON, STEPS, VARIANTS, config_of
 
 HERE = Path(__file__).parent
 JOINT = "width=2,depth=2,num_experts=2,expert_size=2"
@@ -65,9 +65,14 @@ STUDIES = {
         {"specs": ["mup-moe", "standard"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
     ),
     "expert_size": Study(
-        (*BASES[:3], *VARIANTS),
+        (*BASES[:3], *(f"{name}-stdlib" for name in ALPHAS)),
         ("expert_size=4", "expert_size=16"),
         {"specs": ["moe-completep", "completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
+    ),
+    "muon": Study(
+        (f"{MUON}-stdlib",),
+        ("width=4", JOINT),
+        {"specs": ["moe-completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"]},
     ),
     "router": Study(
         BASES[:1],
@@ -84,7 +89,7 @@ STUDIES = {
 at full size over rate and init std, with and without the base's constants. specs, specs_depth: where the rivals fail;
 kakao has no rule for depth. expert_size: the paper's mean-field init of expert down against fan-in (`completep`).
 router: its rate at 1/width against a constant one. base_size: where the best rate lies at smaller and larger bases, and
-what it costs at one joint target."""
+what it costs at one joint target. muon: as axes, with Muon for the matrices."""
 
 SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
 
