@@ -159,15 +159,24 @@ def base_and_target(values: Mapping[str, Any]) -> tuple[PretrainedConfig, Pretra
     return base, target
 
 
-def import_modules(names: str | Sequence[str] | None) -> None:
+def import_modules(given: str | Sequence[str] | None) -> list[str]:
     """Imports modules that register models of a user's own with transformers, from the current folder too.
 
+    Args:
+        given: one name, several or none, as files and command lines have them.
+
+    Returns:
+        The names.
+
     Raises:
-        TunedError: no such module, or one that cannot be imported.
+        TunedError: something else than names, no such module, or one that cannot be imported.
     """
+    names = [given] if isinstance(given, str) else list(given) if isinstance(given, list | tuple) else given or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TunedError(f"imports: expected names of modules, like package.module, found {given!r}")
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # as `python -m` has it, and the console script has not
-    for name in [names] if isinstance(names, str) else names or ():
+    for name in names:
         try:
             import_module(name)
         except (ImportError, TypeError, ValueError, AttributeError) as error:
@@ -175,6 +184,7 @@ def import_modules(names: str | Sequence[str] | None) -> None:
                 f"imports: {name!r} cannot be imported ({error}): expected the name of a module, like package.module, "
                 f"that is installed or in {os.getcwd()}"
             ) from error
+    return names
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

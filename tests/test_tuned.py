@@ -210,6 +210,12 @@ def test_a_module_that_registers_a_model_is_imported_first(tmp_path: Path, monke
     path.write_text("imports: registers_a_model\nmodel_type: imported_first\n")
     assert parse([str(path)])[2].imports == ["registers_a_model"]
     assert read_tuned(path).base.model_type == "imported_first"
+    path.write_text("imports:\nmodel_type: imported_first\n")
+    assert parse([str(path)])[2].imports == []
+    path.write_text("imports: 5\nmodel_type: imported_first\n")
+    for reads in (lambda: parse([str(path)]), lambda: read_tuned(path)):
+        with pytest.raises(TunedError, match=r"imports: expected names of modules, like package\.module, found 5"):
+            reads()
     path.write_text("imports: [registers_a_modle]\nmodel_type: imported_first\n")
     for read in (read_tuned, lambda path: parse([str(path)])):
         with pytest.raises(TunedError, match="imports: 'registers_a_modle' cannot be imported.*in " + str(tmp_path)):

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import moe_param
 from moe_param.applying import apply
-from moe_param.checks.watch import Watch, logits_of
+from moe_param.checks.watch import QUANTITIES, Watch, logits_of
 from moe_param.ledger import fingerprint
 from moe_param.scaling.spec import ScalingSpec
 from moe_param.structure.shape import Shape
@@ -58,6 +58,7 @@ class Run:
                 "constants": [self.init_std, self.constants],
                 **({} if self.optimizer == "adamw" else {"optimizer": [self.optimizer, self.matrix_lr_ratio]}),
                 "dtype": str(torch.get_default_dtype()),
+                "quantities": QUANTITIES,
                 "versions": [torch.__version__, transformers.__version__, moe_param.__version__],
             }
         )

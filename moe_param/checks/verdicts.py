@@ -17,7 +17,9 @@ average may do neither beyond 0.2, see `floor`."""
 
 FADING = ("router_logits_by_input", "logits_by_input")
 """What initial weights make of a change of their input may fade where they fade themselves: initial router logits and
-logits are meant to fall with size, and a router may start at zero."""
+logits are meant to fall with size."""
+
+FADES, AVERAGES = "its initial weights are meant to fade", "an average of ever more independent parts"
 
 Status = Literal["passed", "failed", "undecided"]
 
@@ -84,8 +86,6 @@ def judge(quantity: str, change: Slope, axis: str) -> Verdict:
     lowest = floor(quantity, axis)
     power = f"{axis}^{change.value:+.2f}"
     if math.isnan(change.value):
-        if quantity in FADING:
-            return Verdict("passed", "it did not change: the initial weights are zero")
         return Verdict("undecided", "it did not change, so there is nothing to fit")
     for bound in (lowest, GROW):
         if change.holds(bound):
@@ -94,7 +94,7 @@ def judge(quantity: str, change: Slope, axis: str) -> Verdict:
         return Verdict("failed", f"its change grows as {power}")
     if change.value < lowest:
         return Verdict("failed", f"its change vanishes as {power}")
-    why = "an average of ever more independent parts" if change.value < -GROW else "it stays"
+    why = "it stays" if change.value >= -GROW else FADES if quantity in FADING else AVERAGES
     return Verdict("passed", f"{power}: {why}" + ("" if change.interval else " (one seed, no interval)"))
 
 

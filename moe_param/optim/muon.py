@@ -27,24 +27,27 @@ AT_ONCE = 2**27
 
 
 def working_dtype(matrices: torch.Tensor) -> torch.dtype:
-    """What the iteration is computed in: bfloat16 as torch's, which is fast on accelerators and accurate enough. A CPU
-    without bfloat16 units takes ten times as long for it as for float32, so there it is float32; float64 stays."""
+    """What the iteration is computed in: bfloat16 as torch's, which is fast on accelerators and accurate enough. On a
+    CPU it is float32, which is many times faster where that has no units for bfloat16; float64 stays."""
     if matrices.dtype == torch.float64:
         return torch.float64
     return torch.float32 if matrices.device.type == "cpu" else torch.bfloat16
 
 
-def orthogonalized(matrices: torch.Tensor, steps: int = STEPS, eps: float = EPS) -> torch.Tensor:
+def orthogonalized(
+    matrices: torch.Tensor, steps: int = STEPS, eps: float = EPS, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """U·S'·Vᵀ for U·S·Vᵀ, all singular values near 1, by Newton–Schulz.
 
     Args:
         matrices: (copies, rows, columns), in any dtype.
+        dtype: to compute in; by default `working_dtype`.
 
     Returns:
-        The same shape, in the dtype it was computed in (`working_dtype`).
+        The same shape, in the dtype it was computed in.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.to(working_dtype(matrices))
+    x = matrices.to(dtype or working_dtype(matrices))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
@@ -97,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _matrices(self, groups: list[dict[str, Any]]) -> None:
-        """Every matrix, in batches that bound the memory: a batch has its updates, whole, and their bfloat16 copies."""
+        """Every matrix, in batches that bound the memory: a batch has its updates, whole, and copies to iterate on."""
         batch: list[tuple[Any, ...]] = []
         elements = 0
         for update in (update for group in groups for update in self._updates(group)):
@@ -123,7 +126,7 @@ class Muon(torch.optim.Optimizer):
             update = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum.clone()
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             full = update.full_tensor() if isinstance(update, DTensor) else update
-            matrices = Matrices(**{name: _plain(value) for name, value in layout.items() if name != "scales"})
+            matrices = matrices_of(layout)
             rates = [group["lr"] * scale for scale in layout["scales"]]
             yield parameter, full, list(zip(matrices.views(full), rates, strict=True)), group["ns_steps"]
 
@@ -142,8 +145,10 @@ def _apply(updates: list[tuple[Any, ...]]) -> None:
         parameter.add_(_like(full, parameter))
 
 
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def matrices_of(layout: dict[str, Any]) -> Matrices:
+    """Of what a group says of one parameter; a checkpoint may have made lists of tuples."""
+    fields: dict[str, Any] = {name: value for name, value in layout.items() if name != "scales"}
+    return Matrices(**{**fields, "parts": tuple(fields["parts"])})
 
 
 def _like(full: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

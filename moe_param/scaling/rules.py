@@ -314,8 +314,10 @@ def _check_gaps(
     spec: ScalingSpec, base: Structure, target: Structure, ratios: Mapping[str, float], heads_moved: bool
 ) -> None:
     moved = {dim for dim, ratio in ratios.items() if ratio != 1.0} | ({"head_dim"} if heads_moved else set())
+    own = {site: e for info in target.parameters.values() for site, e in info.own_multipliers.items()}
     for site, reason in {**base.gaps, **target.gaps}.items():
-        used = [dim for dim, e in spec.multipliers.get(site, {}).items() if e and dim in moved]
+        wanted = spec.multipliers.get(site, {})  # what the model's own forward pass has there already is no gap
+        used = [dim for dim, e in wanted.items() if e != own.get(site, {}).get(dim, 0.0) and dim in moved]
         if used:
             raise ParameterizationError(
                 f"spec {spec.name} multiplies the {site} when {used[0]} changes, and in "

@@ -179,6 +179,8 @@ def _factors(value: Any, where: str) -> Mapping[str, Mapping[str, float]]:
 
 
 def _multipliers(value: Any, where: str) -> Mapping[str, Mapping[str, float]]:
+    if isinstance(value, Mapping) and "attention_logits" in value:
+        raise AdapterError(f"{where}: a model's own factor on its attention_logits is read off it: leave that site out")
     return _exponents_of(value, where, "{'residual_branch': {'depth': -1}}", _DECLARED_SITES, "site")
 
 

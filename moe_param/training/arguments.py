@@ -214,9 +214,7 @@ class PretrainArguments(TrainingArguments):
     resume: bool = field(default=False, metadata={"help": "Go on from the last good checkpoint in output_dir."})
 
     def __post_init__(self) -> None:
-        imports: Any = self.imports
-        self.imports = [imports] if isinstance(imports, str) else imports  # one, in a YAML file
-        import_modules(self.imports)
+        self.imports = import_modules(self.imports)  # a YAML file may have one name, or none
         for tokens, steps, unset in (("tokens", "max_steps", -1), ("warmup_tokens", "warmup_steps", None)):
             if getattr(self, tokens) is not None and getattr(self, steps) != unset:
                 raise InputError(f"{tokens} and {steps} are both set: give one of them")

@@ -331,7 +331,7 @@ def plan_of(run: ShortRun, config: PretrainedConfig, base: PretrainedConfig, spe
 
 def numbers_of(plan: Parameterization) -> dict[str, tuple[Any, ...]]:
     """All that the training of a model takes from its rules."""
-    return {name: (rule.init, rule.lr, rule.eps, rule.weight_decay) for name, rule in plan.rules.items()}
+    return {name: (rule.init, rule.lr, rule.eps, rule.weight_decay, rule.muon) for name, rule in plan.rules.items()}
 
 
 def searches_of(

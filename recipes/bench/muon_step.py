@@ -13,10 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import moe_param
-from moe_param.optim.muon import STEPS, working_dtype
+from moe_param.optim.muon import STEPS, matrices_of, orthogonalized, working_dtype
 from moe_param.structure.matrices import Matrices
 from recipes.bench.goals import held
-from recipes.bench.overhead import base_of, compare, config, ratio
+from recipes.bench.rounds import base_of, compare, config, ratio
 
 DEMO_TARGET = {"width": 128, "depth": 2, "expert_size": 128, "vocab_size": 256}
 """The model that `make demo` ends with."""
@@ -35,17 +35,21 @@ class TorchMuon:
         self.pairs: list[tuple[torch.Tensor, Matrices, list[torch.nn.Parameter]]] = []
         for group in with_matrices:
             for parameter, layout in zip(group["params"], group["matrices"], strict=True):
-                matrices = Matrices(**{name: value for name, value in layout.items() if name != "scales"})
-                self.pairs.append((parameter, matrices, [torch.nn.Parameter(m) for m in pieces(matrices, parameter)]))
+                matrices = matrices_of(layout)
+                own = [torch.nn.Parameter(matrix.clone()) for matrix in pieces(matrices, parameter)]
+                self.pairs.append((parameter, matrices, own))
         copies = [copy for _, _, found in self.pairs for copy in found]
         self.muon = torch.optim.Muon(copies, lr=1e-6, weight_decay=0.0, nesterov=True)
         self.adam = torch.optim.AdamW(rest, lr=1e-6, fused=True)
 
-    def step(self) -> None:
+    def take_gradients(self) -> None:
+        """Before a step, and no part of its time: a model of plain matrices would have them in place."""
         for parameter, matrices, copies in self.pairs:
             assert parameter.grad is not None
             for copy, gradient in zip(copies, pieces(matrices, parameter.grad), strict=True):
                 copy.grad = gradient
+
+    def step(self) -> None:
         self.muon.step()
         self.adam.step()
 
@@ -66,8 +70,7 @@ def orthogonalization_flops(optimizer: torch.optim.Optimizer) -> float:
     total = 0.0
     for group in optimizer.param_groups:
         for parameter, layout in zip(group["params"], group["matrices"] or (), strict=False):
-            matrices = Matrices(**{name: value for name, value in layout.items() if name != "scales"})
-            for matrix in pieces(matrices, parameter):
+            for matrix in pieces(matrices_of(layout), parameter):
                 m, n = sorted(matrix.shape)
                 total += STEPS * (4 * m * m * n + 2 * m**3)
     return total
@@ -91,7 +94,7 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
     model = AutoModelForCausalLM.from_config(target).to(device)
     model.set_experts_implementation("grouped_mm")
     parameterization = moe_param.apply(model, base_of(target), seed=0, experts=None)
-    muon = parameterization.optimizer(model, optimizer="muon", lr=1e-6, matrix_lr_ratio=1.0)
+    muon = parameterization.optimizer(model, optimizer="muon", lr=1e-6, matrix_lr_ratio=1.0, fused=True)
     optimizers: dict[str, Any] = {
         "AdamW": parameterization.optimizer(model, lr=1e-6, fused=True),
         "Muon": muon,
@@ -106,10 +109,16 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        wait()
+        model_time = time.perf_counter() - start
+        if name == "torch's Muon":
+            optimizers[name].take_gradients()
+            wait()
+        start = time.perf_counter()
         optimizers[name].step()
         optimizers[name].zero_grad()
         wait()
-        return time.perf_counter() - start
+        return model_time + time.perf_counter() - start
 
     measure = {name: partial(step, name) for name in optimizers}
     compare(measure, 1 if smallest else 3)  # the first steps allocate
@@ -122,6 +131,7 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
         "tokens": tokens,
         "threads": torch.get_num_threads(),
         "iterates_in": str(working_dtype(next(model.parameters()))).removeprefix("torch."),
+        "torch_iterates_in": "bfloat16",
         "orthogonalization_flops_over_training_flops": round(
             orthogonalization_flops(muon) / training_flops(model, parameterization, tokens), 4
         ),
@@ -130,4 +140,22 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
     return [
         {"name": "step with Muon over AdamW", "target": None, **ratio(seconds, "Muon", "AdamW"), **details},
         {"name": "step with Muon over torch's Muon", "target": None, **ours_over_theirs, "goals": goals},
+        {"name": "iteration in bfloat16 over float32", "target": None, **bench_dtypes(smallest, device)},
     ]
+
+
+def bench_dtypes(smallest: bool, device: str) -> dict[str, Any]:
+    """The iteration alone, in bfloat16 and in float32, on one batch of expert matrices."""
+    stack = torch.randn(2, 16, 32, device=device) if smallest else torch.randn(8, 512, 256, device=device)
+    wait = torch.get_device_module(device).synchronize
+
+    def iterate(dtype: torch.dtype) -> float:
+        wait()
+        start = time.perf_counter()
+        orthogonalized(stack, dtype=dtype)
+        wait()
+        return time.perf_counter() - start
+
+    measure = {str(dtype).removeprefix("torch."): partial(iterate, dtype) for dtype in (torch.bfloat16, torch.float32)}
+    compare(measure, 1)
+    return {**ratio(compare(measure, 2 if smallest else 5), "bfloat16", "float32"), "matrices": list(stack.shape)}

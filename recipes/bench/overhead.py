@@ -16,72 +16,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 from transformers.optimization import get_constant_schedule_with_warmup
 
 import moe_param
 from recipes.bench.goals import GOALS, held
+from recipes.bench.muon_step import bench_muon
 from recipes.bench.report import bench_report
+from recipes.bench.rounds import base_of, compare, config, ratio
 
 DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
-
-
-def config(width: int, depth: int, expert_size: int, vocab_size: int) -> MixtralConfig:
-    return MixtralConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        intermediate_size=expert_size,
-        num_attention_heads=max(4, width // 64),
-        num_key_value_heads=max(4, width // 64),
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        vocab_size=vocab_size,
-        use_cache=False,
-    )
-
-
-def base_of(target: MixtralConfig) -> moe_param.Shape:
-    """A base at which everything is scaled: a quarter of the width, half the depth and expert size, twice the
-    experts."""
-    return moe_param.Shape(
-        width=target.hidden_size // 4,
-        depth=target.num_hidden_layers // 2,
-        num_experts=2 * target.num_local_experts,
-        top_k=2 * target.num_experts_per_tok,
-        expert_size=target.intermediate_size // 2,
-    )
-
-
-def compare(measure: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per name and round; every round runs all names, each time beginning with another one."""
-    seconds: dict[str, list[float]] = {name: [] for name in measure}
-    names = list(measure)
-    for i in range(rounds):
-        start = i % len(names)
-        for name in names[start:] + names[:start]:
-            seconds[name].append(measure[name]())
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> dict[str, Any]:
-    """The median over rounds of ours / theirs, its quartiles, and the medians of both."""
-    ratios = [a / b for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return {
-        "ratio": round(statistics.median(ratios), 4),
-        "quartiles": [round(low, 4), round(high, 4)],
-        "rounds": len(ratios),
-        "ours": ours,
-        "theirs": theirs,
-        "seconds": [round(statistics.median(seconds[name]), 4) for name in (ours, theirs)],
-    }
 
 
 # -- a training step -------------------------------------------------------------------------------------------------
@@ -294,8 +245,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--smallest", action="store_true", help="tiny models, one round: tries the code, not the times")
     parser.add_argument("--worker", type=int, choices=(0, 1), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    from recipes.bench.muon_step import bench_muon  # which uses what is above
-
     transformers.logging.set_verbosity_error()
     if arguments.worker is not None:
         run = _apply_worker(arguments.smallest, arguments.worker)

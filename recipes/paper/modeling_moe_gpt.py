@@ -29,6 +29,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from moe_param import register_adapter
 
@@ -308,6 +309,9 @@ class MoEGPTModel(MoEGPTPreTrainedModel):
                 f"{seen + tokens.shape[1]} tokens, and positions are learned for max_position_embeddings = "
                 f"{self.config.max_position_embeddings}"
             )
+        asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
+        if asked:
+            raise ValueError(f"{asked[0]}: this model returns logits and the cache; leave it out")
         hidden_states = tokens + self.position_embedding(position_ids)
         mask = create_causal_mask(
             config=self.config,
@@ -332,6 +336,7 @@ class MoEGPTForCausalLM(MoEGPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -12,6 +12,7 @@ from transformers import BertConfig
 
 import moe_param
 from moe_param import Shape, ShapeError
+from moe_param.checks import measure
 from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
 from moe_param.checks.measure import _head
 from moe_param.checks.verdicts import GROW, Slope, fit, judge
@@ -113,8 +114,64 @@ def test_verdicts_of_planted_exponents() -> None:
     assert verdict([-0.4, -0.41, -0.39], "residual", "depth") == "passed"
     assert verdict([0.1]) == "passed" and verdict([0.3]) == "failed"  # one seed: by the value
     assert judge("logits", fit([(0, 1, 0.0), (0, 2, 0.0)]), "width").status == "undecided"  # it never moved
+    assert verdict([-0.4], "expert_hidden", "num_experts") == "failed"  # nothing but the sum is an average of experts
+    assert verdict([-0.4], "moe_output", "num_experts") == verdict([-0.4], "expert_hidden", "width") == "passed"
+    assert verdict([-1.5], "router_logits_by_input") == "passed" and verdict([-1.5], "router_logits") == "failed"
+    assert verdict([0.4], "router_logits_by_input") == "failed"
+    assert "meant to fade" in judge("logits_by_input", fit([(0, 1, 1.0), (0, 2, 0.4)]), "width").reason
     slope = fit([(seed, f, float(f)) for seed in (0, 1) for f in (1, 2)])
     assert slope == Slope(1.0, 1.0, 1.0)
+
+
+PARTS = {"expert_output": ("expert_output_by_down", "expert_output_by_up")}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {}), ("gpt_oss", {}), ("deepseek_v3", {}), ("dots1", {}), ("mixtral", {"tie_word_embeddings": True})],
+)
+def test_the_parts_of_a_change_add_up(family: str, changes: dict[str, Any]) -> None:
+    """And each is what it says: with the weights before it changed alone there is no part of the weights, with its own
+    weights changed alone none of the input."""
+    model, config = build(family, **changes), tiny_config(family, **changes)
+    watch, batch = Watch(model, moe_param.apply(model, config, seed=0), _head(model, 0)), tokens(100, 2, 12)
+    start = {quantity: values[0].clone() for quantity, values in watch.run(batch).items()}
+    names = {quantity: PARTS.get(quantity, (f"{quantity}_by_weight", f"{quantity}_by_input")) for quantity in start}
+    names = {quantity: parts for quantity, parts in names.items() if parts[0] in start}
+    assert {"attention_output", "router_logits", "expert_hidden", "expert_output", "logits"} <= set(names)
+
+    def change(*changed: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            before = {name: p.clone() for name, p in model.named_parameters()}
+            for name, p in model.named_parameters():
+                if not changed or name.endswith(changed):
+                    p += 0.1 * p.std() * torch.randn_like(p) if p.std() > 0 else 0.01 * torch.randn_like(p)
+            now = watch.run(batch)
+            for name, p in model.named_parameters():
+                p.copy_(before[name])
+        return {quantity: values[0] - start[quantity] for quantity, values in now.items()}
+
+    everything = change()
+    for quantity, (weight, given) in names.items():
+        assert everything[weight].abs().max() > 0 and everything[given].abs().max() > 0, quantity
+        torch.testing.assert_close(everything[weight] + everything[given], everything[quantity], rtol=1e-4, atol=1e-5)
+    if not changes:  # tied, the embedding is the weight of the logits too
+        before_it = change("embed_tokens.weight")
+        assert all(
+            before_it[weight].abs().max() == 0 < before_it[given].abs().max() for weight, given in names.values()
+        )
+    alone = change("layers.0.self_attn.o_proj.weight")
+    assert alone["attention_output_by_weight"].abs().max() > 0 == alone["attention_output_by_input"].abs().max()
+
+
+def test_runs_that_measured_less_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "runs.jsonl"
+    monkeypatch.setattr(measure, "QUANTITIES", measure.QUANTITIES[:3])
+    small(resume=log, seeds=1)
+    monkeypatch.undo()
+    assert "logits_by_input" in small(resume=log, seeds=1).quantities
+    assert len(log.read_text().splitlines()) == 4
 
 
 def test_an_undecided_check_has_not_passed() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import moe_param
-from moe_param.optim.muon import Muon
+from moe_param.optim.muon import Muon, orthogonalized
 from moe_param.structure.matrices import Matrices
 from recipes.bench import overhead
 from recipes.bench.muon_step import TorchMuon, orthogonalization_flops, pieces
@@ -31,6 +31,7 @@ def test_smallest_run(tmp_path: Path) -> None:
         "training step": 1.01,
         "step with Muon over AdamW": None,
         "step with Muon over torch's Muon": None,
+        "iteration in bfloat16 over float32": None,
         "apply, 1 thread": 1.0,
         "peak memory of apply, 1 thread": 1.1,
         "import": 1.05,
@@ -62,13 +63,18 @@ def test_torchs_muon_gets_the_same_matrices() -> None:
     theirs = TorchMuon(ours)
     weight.grad = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
     before = weight.detach().clone()
+    theirs.take_gradients()
     theirs.step()
+    assert torch.equal(weight, before), "its matrices are its own"
     ours.step()
     [(_, matrices, copies)] = theirs.pairs
     assert len(copies) == 4
     moved = [copy - piece for copy, piece in zip(copies, pieces(matrices, before), strict=True)]
     expected = pieces(matrices, weight.detach() - before)
     torch.testing.assert_close(moved, expected, rtol=0.05, atol=1e-7)
+    with pytest.raises(AssertionError):  # the control: gate and up as one matrix
+        whole = [orthogonalized(weight.grad[:1])[0] * -1e-6]
+        torch.testing.assert_close(torch.cat(moved[:1] + moved[2:3]), whole[0], rtol=0.05, atol=1e-7)
 
 
 def test_ratio_is_the_median_of_pairs() -> None:

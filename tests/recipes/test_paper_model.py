@@ -316,6 +316,10 @@ def test_attention_backends_padding_and_cache_agree() -> None:
     mask = torch.ones_like(batch)
     mask[:, 6:] = 0
     assert torch.allclose(model(input_ids=batch, attention_mask=mask).logits[:, :6], expected[:, :6], atol=1e-5)
+    logits, *_ = model(input_ids=batch, return_dict=False)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="output_hidden_states: this model returns logits and the cache"):
+        model(input_ids=batch, output_hidden_states=True)
     with pytest.raises(ValueError, match="max_position_embeddings = 16"):
         model(input_ids=tokens(BASE.vocab, batch=1, length=17))
 

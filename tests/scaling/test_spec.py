@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import yaml
 
 import moe_param
 from moe_param import ScalingSpec, SpecError
+from moe_param.scaling.rules import derive_rules
 from moe_param.scaling.spec import ROLES, presets
+from moe_param.structure.roles import read_structure
 from tests.models import OWN_EXPERTS, classes, tiny_config
 
 PRESETS = {"moe-completep", "completep", "mup", "mup-moe", "kakao", "standard", "table2", "mssp"}
@@ -369,6 +372,19 @@ def test_experts_that_cannot_start_alike(family: str) -> None:
     cls, config = classes(family)[0], tiny_config(family)
     with pytest.raises(moe_param.ParameterizationError, match=r"is no stack of them .* leave 'tied' out of the row"):
         moe_param.plan(cls, config, config, spec="mssp")
+
+
+def test_what_a_model_multiplies_itself_is_no_gap() -> None:
+    """Branches that no parameter can scale cannot be made deeper, but for those that have their 1/L already."""
+    cls = classes("mixtral")[0]
+    configs = [tiny_config("mixtral", num_hidden_layers=depth) for depth in (2, 4)]
+    base, target = (replace(read_structure(cls, config), gaps={"residual_branch": "why"}) for config in configs)
+    spec = ScalingSpec.load("moe-completep")
+    with pytest.raises(moe_param.ParameterizationError, match="no parameter to fold that into: why"):
+        derive_rules(spec, base, target, None, {})
+    own = {"residual_branch": {"depth": -1.0}}
+    parameters = {name: replace(info, own_multipliers=own) for name, info in target.parameters.items()}
+    assert derive_rules(spec, base, replace(target, parameters=parameters), None, {})
 
 
 def test_standard_is_what_transformers_does() -> None:

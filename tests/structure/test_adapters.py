@@ -82,7 +82,7 @@ def test_an_entry_is_replaced_only_when_it_is_said() -> None:
             {"multipliers": {"residual": {"depth": -1}}},
             "multipliers: unknown site 'residual' .did you mean 'residual_br",
         ),
-        ({"multipliers": {"attention_logits": {"head_dim": -1}}}, "unknown site 'attention_logits'"),
+        ({"multipliers": {"attention_logits": {"head_dim": -1}}}, "is read off it: leave that site out"),
         ({"gate": {"score": "sigmoid"}}, "gate: unknown key 'score' .did you mean 'scores'"),
         ({"gate": {"groups": "max3"}}, r"gate\.groups must be one of 'max', 'top2', got 'max3'"),
         ({"gate": {"divide": 2}}, r"gate\.divide must be the name of an attribute"),

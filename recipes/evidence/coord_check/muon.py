@@ -34,9 +34,11 @@ BASES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"head_dim": 16, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 32},
 }
 FACTORS = {"width": (1, 2, 4, 8), "depth": (1, 2, 4, 8), "num_experts": (1, 2, 4, 8), "expert_size": (1, 4, 16)}
-MATRICES = ("attention_in", "attention_out", "expert_up", "expert_down")
-MATCHED = {"width": {"width": 0.5}, "expert_size": {"expert_size": 0.5}}
-"""0.2·√max(fan_out, fan_in) as exponents: the maximum grows with the width, and from α = 1 on with the expert size."""
+EXPERTS = ("expert_up", "expert_down")
+MATRICES = ("attention_in", "attention_out", *EXPERTS)
+MATCHED = "0.2·√max(fan_out, fan_in)"
+"""As exponents: on width the maximum of every matrix grows with the width; that of experts, from α = 1 on, with their
+size."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ class Check:
     family: str
     axis: str
     rule: str = "moe-completep"
-    lr: dict[str, float] | None = None  # of the matrices, in place of the table's
+    roles: tuple[str, ...] = ()
+    lr: dict[str, float] | None = None  # of these roles, in place of the table's
     whole_stack: bool = False
+    wrong: str = ""  # a control: the quantity that must fail, and
+    sign: int = 0  # whether it grows or vanishes
 
     @property
     def spec(self) -> str | dict[str, Any]:
         if self.lr is None:
             return "moe-completep"
-        rows = {role: {"muon": {"lr": self.lr}, "source": "a control"} for role in MATRICES}
+        rows = {role: {"muon": {"lr": self.lr}, "source": "a control"} for role in self.roles}
         return {"name": "control", "source": "a control", "extends": "moe-completep", "roles": rows}
 
     def run(self, factors: tuple[int, ...], seeds: int, resume: Path | None = None) -> CoordCheck:
@@ -74,21 +79,29 @@ class Check:
 
 @contextlib.contextmanager
 def one_for_the_whole_stack() -> Iterator[None]:
-    """All matrices of one shape are orthogonalized as the rows of a single one."""
-    each = muon.orthogonalized
+    """The experts of a tensor are orthogonalized as the rows of one matrix, part by part."""
 
-    def whole(matrices: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return each(matrices.flatten(0, 1)[None], *args, **options).reshape(matrices.shape)
+    def whole(updates: list[tuple[Any, ...]]) -> None:
+        for parameter, full, parts, steps in updates:
+            for view, rate in parts:
+                view.copy_(muon.orthogonalized(view.flatten(0, 1)[None], steps).reshape(view.shape)).mul_(-rate)
+            parameter.add_(full)
 
-    with mock.patch.object(muon, "orthogonalized", whole):
+    with mock.patch.object(muon, "_apply", whole):
         yield
 
 
 CONTROLS = (
-    Check("mixtral", "width", "0.2·√max(fan_out, fan_in)", MATCHED["width"]),
-    Check("mixtral", "expert_size", "0.2·√max(fan_out, fan_in)", MATCHED["expert_size"]),
-    Check("mixtral", "expert_size", "fan_in and fan_out exchanged", {"fan_out": -0.5, "fan_in": 0.5}),
-    Check("mixtral", "num_experts", "one for the whole stack", whole_stack=True),
+    Check("mixtral", "width", MATCHED, MATRICES, {"width": 0.5}, wrong="expert_output_by_down", sign=1),
+    Check("mixtral", "expert_size", MATCHED, EXPERTS, {"expert_size": 0.5}, wrong="expert_output_by_down", sign=1),
+    Check(
+        *("mixtral", "expert_size", "fan_in and fan_out exchanged", EXPERTS, {"fan_out": -0.5, "fan_in": 0.5}),
+        **{"wrong": "expert_hidden_by_weight", "sign": -1},  # type: ignore[arg-type]
+    ),
+    Check(
+        *("mixtral", "num_experts", "one for the whole stack"),
+        **{"whole_stack": True, "wrong": "expert_hidden_by_weight", "sign": -1},  # type: ignore[arg-type]
+    ),
 )
 RULES = tuple(Check(family, axis) for family in BASES for axis in FACTORS)
 
@@ -129,6 +142,26 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def exact(matrices: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """U·Vᵀ of the singular value decomposition, directions without a gradient left out."""
+    u, values, v = torch.linalg.svd(matrices.double(), full_matrices=False)
+    there = (values > 1e-6 * values.max()).double()[..., None]
+    return (u @ (there * v)).to(matrices.dtype)
+
+
+def agreement() -> dict[str, Any]:
+    """How much further larger experts move: per step and size, with the iteration and with an exact orthogonalization.
+    The first step is the same at every size, so that what grows is how well later steps agree with it."""
+    sizes = (1, 4, 16, 64)
+    found: dict[str, Any] = {"sizes": sizes}
+    for name, how in (("iterated", muon.orthogonalized), ("exact", exact)):
+        with mock.patch.object(muon, "orthogonalized", how):
+            records = Check("mixtral", "expert_size").run(sizes, seeds=1).records
+        steps = range(len(records[0]["change"]))
+        found[name] = [[record["change"][step]["expert_hidden_by_weight"] for record in records] for step in steps]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results")
@@ -145,6 +178,8 @@ def main() -> None:
         rows.append(Row.of(check, check.run(factors, 1 if args.smallest else args.seeds, args.resume)))
     command = "python -m recipes.evidence.coord_check.muon"
     record = {"command": command, "seeds": args.seeds, "versions": versions(), "rows": [vars(row) for row in rows]}
+    if not args.smallest:
+        record["expert_hidden_by_weight along expert_size"] = agreement()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "muon.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     page = ["# Coordinate checks of Muon", "", f"`{command}`, {args.seeds} seeds, matrix_lr_ratio 4.", "", table(rows)]

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_param.errors import InputError
 from moe_param.statistics import half_width
 from moe_param.tuning.drift import Curves, Run
 from recipes.evidence.transfer.run import HERE, JOINT
@@ -42,10 +43,10 @@ class Size:
     noise: float
 
 
-def curves_of(record: Record, name: str) -> Curves:
+def curves_of(runs: Mapping[str, float | None], name: str) -> Curves:
     """A ladder, from the losses of all runs."""
     losses: dict[Run, float] = {}
-    for key, loss in record["runs"].items():
+    for key, loss in runs.items():
         spec, target, octave, seed = key.rsplit("/", 3)
         if spec == SPEC and target == name:
             losses[Run(spec, target, float(octave), int(seed))] = math.inf if loss is None else loss
@@ -53,13 +54,12 @@ def curves_of(record: Record, name: str) -> Curves:
 
 
 def sizes(found: Mapping[str, Record]) -> list[Size]:
-    """Of all ladders but the target's, smallest base first. `found`: the records of `base_size` and `axes`."""
-    target = curves_of(found["base_size"], JOINT)
-    rows: list[Size] = []
-    for record in found.values():
-        for name, active in record["active_parameters"].items():
-            if name != JOINT and name not in {row.name for row in rows}:
-                rows.append(_size(name, active, curves_of(record, name), target))
+    """Of all ladders but the target's, smallest base first. `found`: the records of `base_size` and `axes`, which have
+    rungs of one ladder where both have its size."""
+    runs = {key: loss for record in found.values() for key, loss in record["runs"].items()}
+    active = {name: count for record in found.values() for name, count in record["active_parameters"].items()}
+    target = curves_of(runs, JOINT)
+    rows = [_size(name, count, curves_of(runs, name), target) for name, count in active.items() if name != JOINT]
     return sorted(rows, key=lambda row: row.active)
 
 
@@ -67,20 +67,21 @@ def _size(name: str, active: int, base: Curves, target: Curves) -> Size:
     drifts = [there - here for there, here in zip(target.optima(), base.optima(), strict=True)]
     rung, loss = base.octaves[base.best], base.mean[base.best]
     at_target = dict(zip(target.octaves, target.mean, strict=True))
-    nearest = min(target.octaves, key=lambda octave: abs(octave - rung))
+    if rung not in at_target:
+        raise InputError(f"{name} is best at octave {rung:g}, at which the target was not run: {sorted(at_target)}")
     return Size(
         name,
         active,
         rung,
         statistics.fmean(drifts),
         half_width(drifts),
-        at_target[nearest] / min(target.mean) - 1,
+        at_target[rung] / min(target.mean) - 1,
         base.spread[base.best] / loss,
     )
 
 
 def found_in(results: Path, base: str) -> dict[str, Record]:
-    """The two records, those of another target left out."""
+    """The records of one base in the two studies."""
     return {study: records(study, results)[base] for study in ("base_size", "axes") if base in records(study, results)}
 
 

@@ -69,6 +69,17 @@ STUDIES = {
         ("expert_size=4", "expert_size=16"),
         {"specs": ["moe-completep", "completep"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
     ),
+    "tables": Study(
+        BASES[:1],
+        ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
+        {"specs": ["mssp"], "octaves": [-1.0, 0.0, 1.0], "search": ["none"], "extend": 0},
+    ),
+    "epsilons": Study(
+        BASES[:1],
+        ("width=4", "depth=4", "num_experts=4", "expert_size=4", JOINT),
+        {"specs": ["moe-completep", "table2", "mssp"], "octaves": [-1.0, 0.0, 1.0, 2.0], "search": ["none"]}
+        | {"seeds": [0, 1], "extend": 1, "training": {"adam_epsilon": 1e-3}},
+    ),
     "muon": Study(
         (f"{MUON}-stdlib",),
         ("width=4", JOINT),
@@ -89,7 +100,8 @@ STUDIES = {
 at full size over rate and init std, with and without the base's constants. specs, specs_depth: where the rivals fail;
 kakao has no rule for depth. expert_size: the paper's mean-field init of expert down against fan-in (`completep`).
 router: its rate at 1/width against a constant one. base_size: where the best rate lies at smaller and larger bases, and
-what it costs at one joint target. muon: as axes, with Muon for the matrices."""
+what it costs at one joint target. tables, epsilons: arXiv:2605.14200's rules and the paper's epsilons, the second at an
+epsilon as large as gradients. muon: as axes, with Muon for the matrices."""
 
 SMALLEST: dict[str, Any] = {"budget": 20, "seeds": (0,)}
 

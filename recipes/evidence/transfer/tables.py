@@ -43,7 +43,7 @@ def ladders(study: str, results: Path) -> str:
             kept, best, at_base = at_the_tuned_rate(row, "target"), row["best_loss"], at_the_tuned_rate(row, "base")
             rows.append(
                 (
-                    *(base, target_of(row["target"]), row["spec"], f"{row['drift_octaves']:+.2f}{half}"),
+                    *(base, target_of(row["target"]), Path(row["spec"]).stem, f"{row['drift_octaves']:+.2f}{half}"),
                     *(f"{kept:.3f}", f"{best:.3f}", f"{kept / best - 1:.2%}", f"{at_base:.3f}"),
                 )
             )
