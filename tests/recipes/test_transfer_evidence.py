@@ -99,9 +99,7 @@ def test_the_exponent_is_that_of_the_optima() -> None:
 def test_the_page_shows_what_the_studies_wrote() -> None:
     """Every table of the page is the one that the records give today."""
     page, results = (HERE / "README.md").read_text("utf-8"), HERE / "results"
-    shown = [tables.bases(results), tables.ladders("axes", results), *map(of_study, ("search", "joint"))]
-    assert all(len(table.splitlines()) > 3 and table in page for table in shown)
-
-
-def of_study(name: str) -> str:
-    return tables.searches(name, HERE / "results")
+    shown = [tables.bases(results), tables.horizons(results), base_size.base_sizes(results)]
+    shown += [tables.searches(name, results) for name in ("search", "joint")]
+    shown += [tables.ladders(name, results) for name in ("axes", "specs", "specs_depth", "expert_size", "router")]
+    assert all(len(table.splitlines()) > 2 and table in page for table in shown)
