@@ -9,6 +9,7 @@ import torch
 
 from moe_param import Shape
 from moe_param.checks.coordinates import CoordCheck, CoordCheckError, coord_check
+from moe_param.checks.verdicts import GROW, floor
 from moe_param.corpus import byte_windows, stdlib_files
 from tests.models import families, tiny_config
 
@@ -20,6 +21,9 @@ SIZES = {
     "gpt2": {"n_embd": 32, "n_head": 2},
 }
 TEXT = torch.from_numpy(byte_windows([path for _, path in stdlib_files()], 4, 32, seed=0, vocabulary=128))
+
+
+PARTS = ("by_weight", "by_input")
 
 
 @functools.cache
@@ -34,9 +38,10 @@ def check(family: str, axis: str, spec: str) -> CoordCheck:
 def test_changes_neither_grow_nor_vanish(family: str, axis: str) -> None:
     result = check(family, axis, "moe-completep")
     change = {quantity: slope.value for quantity, slope in result.slopes["change"].items()}
-    assert set(change) == {"embedding", "attention_output", "mlp_output", "residual", "logits"}
+    parts = {f"{whole}_{part}" for whole in ("attention_output", "mlp_output", "logits") for part in PARTS}
+    assert set(change) == {"embedding", "attention_output", "mlp_output", "residual", "logits"} | parts
     assert abs(change["residual"]) <= 0.2
-    assert all(-0.6 <= value <= 0.2 for value in change.values()), change
+    assert all(floor(quantity, axis) <= value <= GROW for quantity, value in change.items()), change
     assert result.status != "failed", result.verdicts
 
 
