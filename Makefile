@@ -63,7 +63,7 @@ types: $(STAMP)  ## mypy on the package, the recipes and the patches
 # The tests need nothing from the Hub; offline, a slip shows at once and the same way everywhere.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
-check: lint types fast  ## lint, types and the fast tests: before every commit, at most 3 minutes on 2 cores
+check: lint types fast  ## lint, types and the fast tests: before every commit, 3 to 5 minutes on 2 cores
 
 fast: $(STAMP)  ## the fast tests alone
 	$(PYTEST) -m "not slow and not all_families and not long and not gpu" $(PYTEST_ARGS)

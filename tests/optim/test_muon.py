@@ -232,6 +232,7 @@ def reference(twin: Any, groups: list[dict[str, Any]], base: Any, table: dict[st
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", families(["mixtral", "qwen3_moe", "olmoe", "deepseek_v3_unnormalized", "gpt_oss"], ("mixtral", "gpt_oss"))
 )
@@ -249,6 +250,7 @@ def test_folded_training_equals_explicit_multipliers(case: str) -> None:
     check_weights(folded, twin, table, 1e-8)
 
 
+@pytest.mark.slow
 def test_without_the_fold_in_the_rate_it_is_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: an orthogonalized update does not see the multiplier, so the rate has to carry it."""
     folded, base, parameterization, r, normalized = setup("mixtral")

@@ -23,6 +23,8 @@ SIZES = {
 TEXT = torch.from_numpy(byte_windows([path for _, path in stdlib_files()], 4, 32, seed=0, vocabulary=128))
 
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("by_weight", "by_input")
 
 
