@@ -82,7 +82,6 @@ def measure(run: Run) -> dict[str, Any]:
     )
     if head is not None:
         optimizer.add_param_group({"params": [head.weight], "lr": run.lr, "eps": run.eps})
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     watch = Watch(model, parameterization, head)
     initial = watch.run(run.batch)
     record: dict[str, Any] = {"factor": run.factor, "seed": run.seed, "loss": [], "change": []}
@@ -100,7 +99,7 @@ def measure(run: Run) -> dict[str, Any]:
         record["change"].append({q: _rms(values) for q, values in change.items()})
     moved: dict[str, list[torch.Tensor]] = {}
     for name, p in model.named_parameters():
-        moved.setdefault(parameterization.rules[name].role, []).append(p.detach() - before[name])
+        moved.setdefault(parameterization.rules[name].role, []).append(p.detach() - watch.initial[p])
     record["weights"] = {role: _rms(values) for role, values in moved.items()}
     return record
 

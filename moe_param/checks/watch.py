@@ -72,10 +72,8 @@ class Watch:
         self.seen: dict[str, list[torch.Tensor]] = {}
         self.routes: dict[str, torch.Tensor] = {}
         self.modules = dict(model.named_modules())
-        # Of every module all its parameters before training, by their names in it, which share one copy of each.
-        copies = {p: p.detach().clone() for p in (*model.parameters(), *(head.parameters() if head else ()))}
-        modules = [module for module in (*self.modules.values(), head) if module is not None]
-        self.initial = {module: {name: copies[p] for name, p in module.named_parameters()} for module in modules}
+        parameters = (*model.parameters(), *(head.parameters() if head else ()))
+        self.initial = {parameter: parameter.detach().clone() for parameter in parameters}
         self.again = False
         _, trace = shared_trace(type(model), model.config)
         self.routers = {router.experts: router for router in trace.routers if router.mixes == "mlp"}
@@ -153,9 +151,13 @@ class Watch:
         """What a module puts out first with the weights it had before training."""
         self.again = True
         try:
-            return _first(functional_call(module, self.initial[module], args, kwargs))
+            return _first(functional_call(module, self._initial(module), args, kwargs))
         finally:
             self.again = False
+
+    def _initial(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """The parameters of a module before training, by their names in it."""
+        return {name: self.initial[parameter] for name, parameter in module.named_parameters()}
 
     def _router_of(self, owner: str) -> str:
         """The router module a router's weight is in; the weight's own module where no tokens were seen in it."""
@@ -171,7 +173,7 @@ class Watch:
         def score(module: Any, args: Any, kwargs: Any, out: Any) -> None:
             hidden = args[0] if args else next(iter(kwargs.values()))
             fresh[0] = True
-            before = self.initial[module]
+            before = self._initial(module)
             self._keep(
                 "router_logits",
                 nn.functional.linear(hidden, module.weight, module.bias),
@@ -193,7 +195,7 @@ class Watch:
             given = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
             route = self.routes.setdefault(name, given["top_k_index"].detach().clone())
             tokens = given["hidden_states"].reshape(-1, given["hidden_states"].shape[-1])
-            now, before = dict(module.named_parameters()), self.initial[module]
+            now, before = dict(module.named_parameters()), self._initial(module)
             hidden = expert_hidden(module, now, tokens, route)
             self._keep("expert_hidden", hidden, expert_hidden(module, before, tokens, route))
             self._keep(
@@ -223,7 +225,8 @@ def expert_hidden(
     Returns:
         (tokens·top_k, expert_size).
     """
-    up = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", _repeated(tokens, route), route)
+    repeated = tokens.repeat_interleave(route.shape[-1], dim=0)
+    up = _linear(experts, weights, "gate_up_proj" if experts.has_gate else "up_proj", repeated, route)
     hidden: torch.Tensor = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)
     return hidden
 
@@ -233,10 +236,6 @@ def expert_output(
 ) -> torch.Tensor:
     """Outputs of single experts, before they are weighted and summed: (tokens·top_k, width), of their hidden units."""
     return _linear(experts, weights, "down_proj", hidden, route)
-
-
-def _repeated(tokens: torch.Tensor, route: torch.Tensor) -> torch.Tensor:
-    return tokens.repeat_interleave(route.shape[-1], dim=0)
 
 
 def _linear(

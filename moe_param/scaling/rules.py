@@ -192,10 +192,11 @@ def _rule(
     lr = ratios.scale(row.lr) * own_constants.get("lr", 1.0) * multiplier
     matrix = info.fan_in is not None or info.role in ("embedding", "unembedding")
     law = pair.base.law if spec.init == "base" else info.law
-    if row.tied and len(info.shape) != STACK:
+    if row.tied and (len(info.shape) != STACK or law.kind == "special"):
+        found = "initialized by the model's own code" if law.kind == "special" else info.shape
         raise ParameterizationError(
             f"spec {spec.name} starts all experts of a layer with the same values, and {pair.name} is no stack of them "
-            f"(experts, …, …) but {info.shape}: leave 'tied' out of the row {info.role}"
+            f"(experts, …, …) but {found}: leave 'tied' out of the row {info.role}"
         )
     return Rule(
         role=info.role,

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 import moe_param
 from moe_param.optim.muon import STEPS, matrices_of, orthogonalized, working_dtype
 from moe_param.structure.matrices import Matrices
+from moe_param.tuning.costs import run_flops
 from recipes.bench.goals import held
-from recipes.bench.rounds import base_of, compare, config, ratio
+from recipes.bench.rounds import GPU_TARGET, base_of, compare, config, forward_and_backward, ratio
 
 DEMO_TARGET = {"width": 128, "depth": 2, "expert_size": 128, "vocab_size": 256}
 """The model that `make demo` ends with."""
@@ -70,24 +71,15 @@ def orthogonalization_flops(optimizer: torch.optim.Optimizer) -> float:
     total = 0.0
     for group in optimizer.param_groups:
         for parameter, layout in zip(group["params"], group["matrices"] or (), strict=False):
-            for matrix in pieces(matrices_of(layout), parameter):
-                m, n = sorted(matrix.shape)
-                total += STEPS * (4 * m * m * n + 2 * m**3)
+            for view in matrices_of(layout).views(parameter):
+                m, n = sorted(view.shape[1:])
+                total += len(view) * STEPS * (4 * m * m * n + 2 * m**3)
     return total
-
-
-def training_flops(model: Any, parameterization: moe_param.Parameterization, tokens: int) -> float:
-    """6 for every token and active parameter: forward and backward."""
-    top_k, num_experts = parameterization.shape.top_k, parameterization.shape.num_experts
-    share = top_k / num_experts if top_k and num_experts else 1.0
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    others = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
-    return 6.0 * tokens * (others + share * experts)
 
 
 def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
     """Forward, backward and optimizer of one model under three optimizers, in turns."""
-    target: MixtralConfig = {"cpu": config(**DEMO_TARGET), "cuda": config(1024, 8, 1408, 32000)}[device]
+    target: MixtralConfig = {"cpu": config(**DEMO_TARGET), "cuda": config(*GPU_TARGET)}[device]
     target = config(64, 2, 64, 128) if smallest else target
     batch = (4, 16) if smallest else {"cpu": (16, 64), "cuda": (8, 1024)}[device]
     torch.manual_seed(0)
@@ -106,9 +98,7 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
     def step(name: str) -> float:
         wait()
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        forward_and_backward(model, ids)
         wait()
         model_time = time.perf_counter() - start
         if name == "torch's Muon":
@@ -133,7 +123,7 @@ def bench_muon(smallest: bool, device: str) -> list[dict[str, Any]]:
         "iterates_in": str(working_dtype(next(model.parameters()))).removeprefix("torch."),
         "torch_iterates_in": "bfloat16",
         "orthogonalization_flops_over_training_flops": round(
-            orthogonalization_flops(muon) / training_flops(model, parameterization, tokens), 4
+            orthogonalization_flops(muon) / run_flops(parameterization, batch[1], target.tie_word_embeddings, tokens), 4
         ),
     }
     goals = [held("step, Muon", ours_over_theirs["ratio"])] if device == "cuda" or smallest else []

@@ -30,7 +30,7 @@ import moe_param
 from recipes.bench.goals import GOALS, held
 from recipes.bench.muon_step import bench_muon
 from recipes.bench.report import bench_report
-from recipes.bench.rounds import base_of, compare, config, ratio
+from recipes.bench.rounds import GPU_TARGET, base_of, compare, config, forward_and_backward, ratio
 
 DESCRIPTION = "What moe_param costs: a training step, apply, and the import, against transformers doing the same."
 
@@ -46,7 +46,7 @@ def bench_step(smallest: bool, device: str) -> list[dict[str, Any]]:
     with our factory. All three train the same weights in turns; on a GPU under autocast to bfloat16.
     """
     rounds = 2 if smallest else 60
-    sizes = {"cpu": (512, 4, 768, 8192), "cuda": (1024, 8, 1408, 32000)}
+    sizes = {"cpu": (512, 4, 768, 8192), "cuda": GPU_TARGET}
     target = config(64, 2, 64, 128) if smallest else config(*sizes[device])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(target).to(device)
@@ -72,9 +72,7 @@ def bench_step(smallest: bool, device: str) -> list[dict[str, Any]]:
     def step(name: str) -> float:
         wait()
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
+        forward_and_backward(model, ids)
         optimizers[name].step()
         schedules[name].step()
         optimizers[name].zero_grad()

@@ -6,9 +6,13 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from transformers import MixtralConfig
 
 import moe_param
+
+GPU_TARGET = (1024, 8, 1408, 32000)
+"""Width, depth, expert size and vocabulary of the model whose steps are timed on a GPU."""
 
 
 def config(width: int, depth: int, expert_size: int, vocab_size: int) -> MixtralConfig:
@@ -60,3 +64,10 @@ def ratio(seconds: dict[str, list[float]], ours: str, theirs: str) -> dict[str, 
         "theirs": theirs,
         "seconds": [round(statistics.median(seconds[name]), 4) for name in (ours, theirs)],
     }
+
+
+def forward_and_backward(model: Any, ids: torch.Tensor) -> None:
+    """The part of a step that is the model's; on a GPU under autocast to bfloat16."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()

@@ -25,6 +25,7 @@ from moe_param.tuning.transfer_plan import TransferArguments, plan_runs
 from recipes.paper import MoEGPTConfig, MoEGPTForCausalLM
 from tests.models import KeepDouble, tokens
 from tests.reference.moe_gpt import MoEGPT, Sizes
+from tests.reference.side_by_side import check_weights, loss_of, take_weights, train
 
 STD, LR, EPS, DECAY, RATE, STEPS = 0.3, 3e-3, 1e-3, 0.1, 0.02, 20
 BASE = Sizes(width=16, depth=2, num_experts=4, top_k=1, expert_size=8, heads=2, head_dim=8, vocab=64, context=16)
@@ -91,25 +92,8 @@ def pair(spec: str) -> tuple[Any, Any, MoEGPT]:
             if p.dim() < 2:
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
     reference = MoEGPT(BASE, TARGET).double()
-    theirs = folded(model, reference)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            value, multiplier = theirs[name]
-            parameter.copy_(value / multiplier)
+    take_weights(reference, folded(model, reference))
     return model, parameterization, reference
-
-
-def train(loss_of: Any, groups: list[dict[str, Any]], balance: Any, steps: int = STEPS) -> list[float]:
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    losses = []
-    for step in range(steps):
-        loss = loss_of(tokens(TARGET.vocab, batch=2, length=12, seed=step % 4))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        balance()
-        losses.append(loss.item())
-    return losses
 
 
 def both(
@@ -118,9 +102,9 @@ def both(
     balancer = moe_param.LoadBalancer(model, rate=RATE)
     with KeepDouble():
         groups = parameterization.param_groups(model, lr=LR, eps=EPS, weight_decay=DECAY)
-        ours = train(lambda batch: model(input_ids=batch, labels=batch).loss, groups, balancer.step, steps)
+        ours = train(loss_of(model), groups, TARGET.vocab, steps, balancer.step)
     groups = reference.groups(LR, EPS, DECAY, table2)
-    return ours, train(reference.loss, groups, lambda: reference.move_biases(RATE), steps)
+    return ours, train(reference.loss, groups, TARGET.vocab, steps, lambda: reference.move_biases(RATE))
 
 
 @pytest.mark.parametrize("spec", ["moe-completep", "table2"])
@@ -130,11 +114,7 @@ def test_folded_training_is_the_paper_s(spec: str) -> None:
     ours, theirs = both(model, parameterization, reference, table2=spec == "table2")
     assert ours[0] - ours[-1] > 0.05, "the run must go somewhere for the comparison to mean anything"
     assert ours == pytest.approx(theirs, rel=1e-9)
-    tensors = folded(model, reference)
-    for name, parameter in reference.named_parameters():
-        value, multiplier = tensors[name]
-        error = (value - parameter * multiplier).norm() / value.norm()
-        assert error < 1e-9, f"{name}: {error:.2e}"
+    check_weights(reference, folded(model, reference), 1e-9)
     for layer, block in zip(model.model.layers, reference.blocks, strict=True):
         assert block.selection_bias.abs().max() > RATE, "loads were uneven, so biases moved"
         assert torch.allclose(layer.moe.router.selection_bias, block.selection_bias, atol=1e-6)  # ours are float32
@@ -224,9 +204,7 @@ def few_steps(model: Any, steps: int = 12) -> tuple[list[float], torch.Tensor]:
     """(losses, per layer the share of tokens at each expert, over the last step)."""
     balancer = moe_param.LoadBalancer(model.train(), rate=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = train(
-        lambda batch: model(input_ids=batch, labels=batch).loss, optimizer.param_groups, balancer.step, steps
-    )
+    losses = train(loss_of(model), optimizer.param_groups, TARGET.vocab, steps, balancer.step)
     return losses, balancer.last_load
 
 

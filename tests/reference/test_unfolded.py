@@ -11,7 +11,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 import moe_param
-from tests.models import KeepDouble, tokens
+from tests.models import KeepDouble
+from tests.reference.side_by_side import check_weights, loss_of, take_weights, train
 from tests.reference.unfolded import Decoder, Sizes
 
 STD, LR, EPS, DECAY, STEPS = 0.05, 3e-3, 1e-3, 0.1, 20
@@ -65,11 +66,7 @@ def pair(gates: str, spec: str = "moe-completep") -> tuple[Any, Any, Decoder]:
     parameterization = moe_param.apply(model, config(BASE), seed=1, spec=spec, init_std=STD, reinit=True)
     model.set_experts_implementation("eager")  # grouped_mm has no float64
     reference = Decoder(BASE, TARGET, normalized).double()
-    theirs = folded(model, reference)
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            value, multiplier = theirs[name]
-            parameter.copy_(value / multiplier)
+    take_weights(reference, folded(model, reference))
     return model, parameterization, reference
 
 
@@ -100,23 +97,11 @@ def folded(model: Any, reference: Decoder) -> dict[str, tuple[torch.Tensor, floa
     return found
 
 
-def train(loss_of: Any, groups: list[dict[str, Any]], steps: int = STEPS) -> list[float]:
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    losses = []
-    for step in range(steps):
-        loss = loss_of(tokens(TARGET.vocab, batch=2, length=12, seed=step % 4))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def both(model: Any, parameterization: Any, reference: Decoder, steps: int = STEPS) -> tuple[list[float], list[float]]:
     with KeepDouble():
         groups = parameterization.param_groups(model, lr=LR, eps=EPS, weight_decay=DECAY)
-        ours = train(lambda batch: model(input_ids=batch, labels=batch).loss, groups, steps)
-    return ours, train(reference.loss, reference.groups(LR, EPS, DECAY), steps)
+        ours = train(loss_of(model), groups, TARGET.vocab, steps)
+    return ours, train(reference.loss, reference.groups(LR, EPS, DECAY), TARGET.vocab, steps)
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -125,11 +110,7 @@ def test_folded_equals_unfolded_on_all_axes_at_once(gates: str) -> None:
     ours, theirs = both(model, parameterization, reference)
     assert ours[0] - ours[-1] > 0.05, "the run must go somewhere for the comparison to mean anything"
     assert ours == pytest.approx(theirs, rel=1e-9)
-    tensors = folded(model, reference)
-    for name, parameter in reference.named_parameters():
-        value, multiplier = tensors[name]
-        error = (value - parameter * multiplier).norm() / value.norm()
-        assert error < 1e-9, f"{name}: {error:.2e}"
+    check_weights(reference, folded(model, reference), 1e-9)
 
 
 @pytest.mark.parametrize("gates", GATES)

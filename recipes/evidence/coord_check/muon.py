@@ -91,17 +91,17 @@ def one_for_the_whole_stack() -> Iterator[None]:
         yield
 
 
+EXCHANGED = "fan_in and fan_out exchanged"
+STACKED = "one for the whole stack"
 CONTROLS = (
     Check("mixtral", "width", MATCHED, MATRICES, {"width": 0.5}, wrong="expert_output_by_down", sign=1),
     Check("mixtral", "expert_size", MATCHED, EXPERTS, {"expert_size": 0.5}, wrong="expert_output_by_down", sign=1),
     Check(
-        *("mixtral", "expert_size", "fan_in and fan_out exchanged", EXPERTS, {"fan_out": -0.5, "fan_in": 0.5}),
-        **{"wrong": "expert_hidden_by_weight", "sign": -1},  # type: ignore[arg-type]
+        *("mixtral", "expert_size", EXCHANGED, EXPERTS, {"fan_out": -0.5, "fan_in": 0.5}),
+        wrong="expert_hidden_by_weight",
+        sign=-1,
     ),
-    Check(
-        *("mixtral", "num_experts", "one for the whole stack"),
-        **{"whole_stack": True, "wrong": "expert_hidden_by_weight", "sign": -1},  # type: ignore[arg-type]
-    ),
+    Check("mixtral", "num_experts", STACKED, whole_stack=True, wrong="expert_hidden_by_weight", sign=-1),
 )
 RULES = tuple(Check(family, axis) for family in BASES for axis in FACTORS)
 
