@@ -15,6 +15,7 @@ import moe_param
 from moe_param import ScalingSpec, SpecError
 from moe_param.scaling.rules import derive_rules
 from moe_param.scaling.spec import ROLES, presets
+from moe_param.structure.laws import InitLaw
 from moe_param.structure.roles import read_structure
 from tests.models import OWN_EXPERTS, classes, tiny_config
 
@@ -372,6 +373,16 @@ def test_experts_that_cannot_start_alike(family: str) -> None:
     cls, config = classes(family)[0], tiny_config(family)
     with pytest.raises(moe_param.ParameterizationError, match=r"is no stack of them .* leave 'tied' out of the row"):
         moe_param.plan(cls, config, config, spec="mssp")
+
+
+def test_experts_that_the_model_draws_itself_cannot_start_alike() -> None:
+    structure = read_structure(classes("mixtral")[0], tiny_config("mixtral"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    own = replace(structure.parameters[name], law=InitLaw("special"))
+    structure = replace(structure, parameters={**structure.parameters, name: own})
+    assert derive_rules(ScalingSpec.load("moe-completep"), structure, structure, None, {})
+    with pytest.raises(moe_param.ParameterizationError, match="initialized by the model's own code"):
+        derive_rules(ScalingSpec.load("mssp"), structure, structure, None, {})
 
 
 def test_what_a_model_multiplies_itself_is_no_gap() -> None:
